@@ -1,0 +1,79 @@
+"""Optimizers by name. All take `step(grad_norm=..., clip=...)` and change nothing where that norm is inf or nan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch_optimizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mambavision.optim.clip import global_grad_norm, gradient_divisor, is_refused
+from mambavision.optim.lamb import Lamb
+
+if TYPE_CHECKING:
+    from mambavision.config import OptimizerConfig
+
+OPTIMIZERS = ("lamb", "lamb_torch_optimizer", "adamw", "sgd")
+
+
+def build_optimizer(cfg: OptimizerConfig, param_groups: list[dict]) -> Optimizer:
+    """cfg: the config group `optimizer`; param_groups: from `build_param_groups`, which carry the weight decay."""
+    betas = tuple(cfg.betas)
+    if cfg.name == "lamb":
+        return Lamb(param_groups, cfg.lr, betas=betas, eps=cfg.eps, max_grad_norm=cfg.lamb_max_grad_norm)
+    if cfg.name == "lamb_torch_optimizer":
+        return TorchOptimizerLamb(param_groups, cfg.lr, betas=betas, eps=cfg.eps)
+    if cfg.name == "adamw":
+        return AdamW(param_groups, cfg.lr, betas=betas, eps=cfg.eps, fused=True)
+    if cfg.name == "sgd":
+        return SGD(param_groups, cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True)
+    raise ValueError(f"optimizer.name={cfg.name!r} is not known; use one of {', '.join(OPTIMIZERS)}")
+
+
+class _ClippedFusedStep:
+    """Gives torch's fused optimizers the step of this package: their kernels take the divisor and the verdict."""
+
+    param_groups: list[dict]
+
+    def step(self, *, grad_norm: Tensor | None = None, clip: float | None = None) -> None:
+        """See `Lamb.step`."""
+        if grad_norm is None:
+            grad_norm = global_grad_norm(p for group in self.param_groups for p in group["params"])
+        self.grad_scale = gradient_divisor(grad_norm, clip).to(torch.float32)
+        self.found_inf = is_refused(grad_norm)
+        super().step()
+        if not hasattr(self, "skipped_steps"):
+            self.skipped_steps = torch.zeros((), dtype=torch.int64, device=grad_norm.device)
+        self.skipped_steps += self.found_inf.to(torch.int64)
+
+
+class AdamW(_ClippedFusedStep, torch.optim.AdamW):
+    """torch.optim.AdamW with `step(grad_norm=..., clip=...)`; no host sync."""
+
+
+class SGD(_ClippedFusedStep, torch.optim.SGD):
+    """torch.optim.SGD with `step(grad_norm=..., clip=...)`; no host sync."""
+
+
+class TorchOptimizerLamb(torch_optimizer.Lamb):
+    """torch_optimizer.Lamb with `step(grad_norm=..., clip=...)`.
+
+    Not the LAMB that the recipe's learning rate belongs to: no bias correction, |w| bounded by 10 in the trust ratio,
+    which also applies to biases and norms. It waits for the device twice per parameter, and once more for the verdict.
+    """
+
+    @torch.no_grad()
+    def step(self, *, grad_norm: Tensor | None = None, clip: float | None = None) -> None:
+        """See `Lamb.step`."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if grad_norm is None:
+            grad_norm = global_grad_norm(params)
+        if not hasattr(self, "skipped_steps"):
+            self.skipped_steps = torch.zeros((), dtype=torch.int64, device=grad_norm.device)
+        if bool(torch.isfinite(grad_norm)):
+            torch._foreach_div_([p.grad for p in params], gradient_divisor(grad_norm, clip))
+            super().step()
+        else:
+            self.skipped_steps += 1

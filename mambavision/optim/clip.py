@@ -1,0 +1,44 @@
+"""The global gradient norm and what follows from it: one divisor for the gradients and one verdict on the step.
+
+Nothing here waits for the device. A step whose gradient norm is not finite is refused on the device, by every
+optimizer of this package and by the EMA, so the trainer never has to look at the number to stay safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def global_grad_norm(params: Iterable[Tensor]) -> Tensor:
+    """L2 norm over all gradients of `params` as a 0-dim tensor on their device; those without one are left out.
+
+    Under DDP the gradients are already averaged, so every rank gets the same value and no collective is needed.
+    Raises RuntimeError if no parameter has a gradient.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        raise RuntimeError("no parameter has a gradient: call loss.backward() before asking for the gradient norm")
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+
+
+def gradient_divisor(grad_norm: Tensor, *limits: float | None) -> Tensor:
+    """What to divide the gradients by so that their global norm stays within every limit (None or 0: no limit).
+
+    Clipping to 5.0 outside the optimizer and to 1.0 inside it is clipping once to the smaller of the two.
+    """
+    active = [limit for limit in limits if limit]
+    if not active:
+        return torch.ones_like(grad_norm)
+    return (grad_norm / min(active)).clamp(min=1.0)
+
+
+def is_refused(grad_norm: Tensor) -> Tensor:
+    """1.0 where the step must change nothing (the norm is inf or nan), else 0.0; float32, on the norm's device.
+
+    float32 because that is the form in which torch's fused kernels take it (`found_inf`).
+    """
+    return torch.isfinite(grad_norm).logical_not().to(torch.float32)
