@@ -1,0 +1,124 @@
+"""From the command line to a checked configuration: the only file that talks to Hydra, beside train.py and eval.py."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mambavision.config import EvalConfig, TrainConfig
+from mambavision.config_checks import ConfigError, check, check_values, known_keys, to_config, unknown_key_advice
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+
+def compose_train_config(overrides: list[str]) -> TrainConfig:
+    """The configuration that `train.py` with these overrides would run.
+
+    Raises:
+        ConfigError: with advice, for anything the user can mend.
+    """
+    overrides = check_overrides(overrides, TrainConfig)
+    return typed_train_config(_compose("train", overrides))
+
+
+def compose_eval_config(overrides: list[str]) -> EvalConfig:
+    overrides = check_overrides(overrides, EvalConfig)
+    cfg = to_config(EvalConfig, _plain(_compose("eval", overrides)))
+    check_values(cfg)
+    return cfg
+
+
+def typed_train_config(composed: DictConfig) -> TrainConfig:
+    return check(to_config(TrainConfig, _plain(composed)))
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return compose(name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _plain(composed: DictConfig) -> dict:
+    try:
+        return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved: {error}") from error
+
+
+def check_overrides(overrides: list[str], cls: type) -> list[str]:
+    """Look the given `key=value` words over before Hydra does, so that a slip is answered with what to type instead.
+
+    Hydra accepts any new key with a leading `+` and answers unknown keys without a suggestion; both are refused here.
+    Returns the overrides as Hydra wants them: no `+` before a group (both spellings are in use), one before the
+    free-form model.architecture keys.
+    """
+    overrides = [_normalise(o) for o in overrides]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ConfigError(f"cannot read the command line: {error}; settings are written key=value, e.g. optimizer.lr=0.005") from error
+    for override in parsed:
+        _check_override(override, cls)
+    return overrides
+
+
+def _normalise(override: str) -> str:
+    bare = override.lstrip("+")
+    if _is_group(bare.split("=", 1)[0]):
+        return bare
+    return f"++{bare}" if bare.startswith("model.architecture.") else override
+
+
+def _check_override(override: Override, cls: type) -> None:
+    key = override.key_or_group
+    if key.startswith("hydra"):
+        return
+    if _is_group(key):
+        for choice in _choices_given(override):
+            _check_choice(key, choice)
+        return
+    keys = known_keys(cls)
+    # Below a free-form mapping (model.architecture.depths=...) create_model checks the names.
+    if key in keys or key.startswith("model.architecture."):
+        return
+    near_groups = difflib.get_close_matches(key, groups(), n=1, cutoff=0.7)
+    if "." not in key and near_groups:
+        raise ConfigError(f"there is no setting {key!r}; did you mean {near_groups[0]}=...?")
+    raise ConfigError(unknown_key_advice(key, cls))
+
+
+def _choices_given(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return [str(v).strip("'\"") for v in override.sweep_string_iterator()]
+    value = override.value()
+    return [] if value is None else [str(v) for v in (value if isinstance(value, list) else [value])]
+
+
+def _check_choice(group: str, choice: str) -> None:
+    available = group_choices(group)
+    if choice not in available:
+        near = difflib.get_close_matches(choice, available, n=3, cutoff=0.5)
+        advice = f"did you mean {group}={near[0]}? " if near else ""
+        raise ConfigError(f"there is no {group}={choice}; {advice}available: {', '.join(available)}")
+
+
+def groups() -> list[str]:
+    return sorted(p.name for p in CONF_DIR.iterdir() if p.is_dir())
+
+
+def group_choices(group: str) -> list[str]:
+    root = CONF_DIR / group
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml") if p.stem != "base")
+
+
+def _is_group(key: str) -> bool:
+    return (CONF_DIR / key).is_dir()
