@@ -1,0 +1,66 @@
+"""The data path: order, loaders, augmentation. `build_train_loader` and `build_eval_loader` are the doors.
+
+A source is imported when it is asked for: ffcv takes seconds to import, the others are to start at once.
+"""
+
+from __future__ import annotations
+
+from data.batch import Batch, EvalLoader, TrainLoader
+from data.order import EpochPlan, epoch_order
+from mambavision.config import AugmentConfig, DataConfig
+
+__all__ = ["Batch", "EpochPlan", "EvalLoader", "TrainLoader", "build_eval_loader", "build_train_loader", "epoch_order"]
+
+SOURCES = ("ffcv", "folder", "synthetic")
+
+
+def build_train_loader(
+    data: DataConfig,
+    augment: AugmentConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainLoader:
+    """The loader of this rank's training micro-batches.
+
+    Raises ValueError, with advice, for batch sizes that do not divide, data that is not there or is damaged.
+    """
+    batches = dict(
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+        repeats=data.repeated_augmentation,
+    )
+    if data.source == "synthetic":
+        from data.synthetic import DEFAULT_CLASSES, SyntheticTrainLoader
+
+        return SyntheticTrainLoader(
+            EpochPlan(data.synthetic_train_samples, **batches),
+            num_classes=data.num_classes or DEFAULT_CLASSES,
+            image_size=data.image_size,
+            progressive=data.progressive_resolution,
+            seed=seed,
+        )
+    raise ValueError(f"data.source={data.source} is not known; sources are {', '.join(SOURCES)}")
+
+
+def build_eval_loader(
+    data: DataConfig, *, batch_size: int, rank: int = 0, world_size: int = 1, split: str = "val"
+) -> EvalLoader:
+    """The loader of this rank's share of an evaluation set: each sample on one rank, none padded, none dropped."""
+    if data.source == "synthetic":
+        from data.synthetic import DEFAULT_CLASSES, SyntheticEvalLoader
+
+        return SyntheticEvalLoader(
+            data.synthetic_eval_samples,
+            num_classes=data.num_classes or DEFAULT_CLASSES,
+            image_size=data.image_size,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+    raise ValueError(f"data.source={data.source} is not known; sources are {', '.join(SOURCES)}")

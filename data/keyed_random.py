@@ -28,7 +28,7 @@ The draws. "try t" repeats up to ten times, t = 0..9; a draw that is not needed 
     1 CROP             4t        area: range(scale) * height * width                  torchvision's RandomResizedCrop:
                        4t+1      ratio: exp(range(log ratio0, log ratio1))            w = round(sqrt(area * ratio)),
                        4t+2      top: below(height - h + 1)                           h = round(sqrt(area / ratio));
-                       4t+3      left: below(width - w + 1)                           taken if 0 < w <= width, 0 < h <= height
+                       4t+3      left: below(width - w + 1)                           kept if it fits the image
                                  after ten tries: the central crop, ratio clamped to [ratio0, ratio1]
     2 INTERPOLATION    0         below(2): 0 bilinear, 1 bicubic; only for interpolation=random
     3 FLIP             0         uniform < hflip
@@ -37,7 +37,7 @@ The draws. "try t" repeats up to ten times, t = 0..9; a draw that is not needed 
                        8l+1      applied if uniform < prob
                        8l+2,+3   magnitude: m + mstd * gauss, clipped to [0, mmax or 10]; mstd > 100: range(0, m)
                        8l+4      uniform < 0.5: the argument's sign is changed (signed operations only)
-                       8l+5      below(2): 0 bilinear, 1 bicubic, for the affine operations; only for interpolation=random
+                       8l+5      0 bilinear, 1 bicubic: below(2); affine operations, only for interpolation=random
     6 TRIVIAL          0         operation: below(14)
                        1         magnitude bin: below(31)
                        2         below(2): 1 changes the argument's sign (signed operations only)

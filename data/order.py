@@ -29,8 +29,8 @@ class EpochPlan:
     """How an epoch is cut into steps and micro-batches, and which of them are this rank's.
 
     With `repeats` > 1 (repeated augmentation, Hoffer et al. 2020) a step holds global_batch_size / repeats different
-    images, each `repeats` times in different micro-batches. As in timm and DeiT the epoch keeps its number of steps and
-    sees 1 / repeats of the images, a fresh part each epoch. The r-th repetition of image i is sample i + r * num_samples.
+    images, each `repeats` times and as far apart as can be. As in timm and DeiT the epoch keeps its number of steps and
+    sees 1 / repeats of the images, a fresh part each epoch. Repetition r of image i is sample i + r * num_samples.
     """
 
     num_samples: int
@@ -50,13 +50,14 @@ class EpochPlan:
             )
         if self.num_samples < g:
             raise ValueError(
-                f"the training set has {self.num_samples} images, fewer than one step of trainer.global_batch_size={g}; "
+                f"the training set has {self.num_samples} images, fewer than one step's trainer.global_batch_size={g}; "
                 f"take trainer.global_batch_size={max(self.num_samples // (m * w) * m * w, m * w)} or smaller "
                 f"(and a smaller trainer.micro_batch_size where {m} is too many)"
             )
         if self.repeats < 1 or g % self.repeats:
             raise ValueError(
-                f"data.repeated_augmentation={self.repeats} does not divide trainer.global_batch_size={g}; take 1 to turn it off"
+                f"data.repeated_augmentation={self.repeats} does not divide trainer.global_batch_size={g}; "
+                "take 1 to turn it off"
             )
 
     @property
@@ -98,7 +99,7 @@ def resolution_at(epoch: int, image_size: int, progressive: tuple[int, ...] = ()
         return image_size
     if len(progressive) != 4 or progressive[3] < progressive[2]:
         raise ValueError(
-            f"data.progressive_resolution={list(progressive)} has to be [start_px, end_px, ramp_start_epoch, ramp_end_epoch], "
+            f"data.progressive_resolution={list(progressive)} has to be [start_px, end_px, first_epoch, last_epoch], "
             "for instance [160,224,0,250]; [] turns it off"
         )
     start, end, first, last = progressive
