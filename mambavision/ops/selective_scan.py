@@ -1,0 +1,225 @@
+"""The selective scan: one function, several backends, chosen by device, dtype and what is installed.
+
+This module decides; the arithmetic is in `reference.py`, `cpu_scan.py`, `triton_scan.py` and `mamba_ssm_scan.py`, which are
+imported when first needed. No backend is ever replaced by a slow one in silence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mambavision.ops.reference import scan_reference
+
+BACKENDS = ("auto", "cpu", "triton", "mamba_ssm", "reference")
+ENVIRONMENT_OVERRIDE = "MAMBAVISION_SCAN_BACKEND"
+_ALIASES = {"cuda": "mamba_ssm"}
+_DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "mamba_ssm": "cuda"}
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Selective scan, channels first, with the softplus of delta inside.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t;  y_t = C_t . h_t + D u_t;  dt = softplus(delta + delta_bias).
+
+    Args:
+        u, delta: (b, d, L).
+        A: (d, n), negative.  D, delta_bias: (d,) or None.
+        B, C: (b, n, L).
+        backend: one of BACKENDS; the environment variable MAMBAVISION_SCAN_BACKEND overrides `auto`.
+
+    Returns:
+        (b, d, L) in u's dtype; the state is kept in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that does not exist or not for this device.
+        RuntimeError: a CUDA tensor and no CUDA backend installed.
+    """
+    if u.dim() != 3 or delta.shape != u.shape:
+        raise ValueError(
+            f"selective_scan wants u and delta of one shape (b, d, L), got {tuple(u.shape)} and {tuple(delta.shape)}"
+        )
+    y = selective_scan_tokens(
+        u.transpose(1, 2).contiguous(),
+        delta.transpose(1, 2).contiguous(),
+        A,
+        B.transpose(1, 2).contiguous(),
+        C.transpose(1, 2).contiguous(),
+        D,
+        delta_bias,
+        backend=backend,
+    )
+    return y.transpose(1, 2)
+
+
+def selective_scan_tokens(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The same scan, tokens-major, as the model calls it: u, delta (b, L, d); B, C (b, L, n); returns (b, L, d).
+
+    The last dimension of u, delta, B and C must be contiguous; the others may have any stride, so that slices of a
+    projection need no copy.
+    """
+    _check_shapes(u, delta, A, B, C, D, delta_bias)
+    scan = _load(choose_backend(u.device.type, u.dtype == torch.float64, backend))
+    return scan(u, delta, A, B, C, D, delta_bias)
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(device: str, is_float64: bool, backend: str = "auto") -> str:
+    """The backend that a tensor of this device will take: cpu, triton, mamba_ssm or reference.
+
+    Plain arguments and a plain answer, so that torch.compile evaluates it once while tracing.
+    """
+    asked = _ALIASES.get(backend, backend)
+    if asked == "auto":
+        override = os.environ.get(ENVIRONMENT_OVERRIDE, "auto")
+        asked = _ALIASES.get(override, override)
+    if asked not in BACKENDS:
+        raise ValueError(
+            f"scan backend {asked!r} does not exist; choose one of {', '.join(BACKENDS)} "
+            f"(scan_backend=..., or the environment variable {ENVIRONMENT_OVERRIDE})"
+        )
+    if asked == "reference" or is_float64:
+        return "reference"
+    if asked == "auto":
+        return _automatic(device)
+    if _DEVICE_OF[asked] != device:
+        fitting = [name for name in BACKENDS if _DEVICE_OF.get(name, device) == device]
+        raise ValueError(
+            f"scan backend {asked!r} runs on {_DEVICE_OF[asked]} tensors, this one is on {device}; "
+            f"choose one of {', '.join(fitting)}"
+        )
+    if asked == "cpu" and not _cpu_available():
+        raise RuntimeError(
+            "scan backend 'cpu' was asked for by name but its native code could not be built (the warning above says "
+            "why); install a C++ compiler (apt install g++) or use scan_backend=auto, which then falls back"
+        )
+    if asked == "mamba_ssm" and not _mamba_ssm_available():
+        raise RuntimeError(
+            "scan backend 'mamba_ssm' needs the package: pip install --no-build-isolation -r requirements-gpu.txt; "
+            "or use scan_backend=triton"
+        )
+    if asked == "triton" and not _triton_available():
+        raise RuntimeError("scan backend 'triton' needs the package: pip install triton; or use scan_backend=mamba_ssm")
+    return asked
+
+
+def _automatic(device: str) -> str:
+    if device == "cuda":
+        return _automatic_cuda()
+    if device == "cpu" and _cpu_available():
+        return "cpu"
+    if device != "cpu":
+        _warn_slow(f"there is no fast scan for {device} tensors")
+    return "reference"
+
+
+@cache
+def _automatic_cuda() -> str:
+    """Of the CUDA backends: ours where Triton is there, else mamba_ssm."""
+    if _triton_available():
+        return "triton"
+    if _mamba_ssm_available():
+        return "mamba_ssm"
+    raise RuntimeError(
+        "a selective scan on a CUDA tensor needs Triton (pip install triton; it comes with PyTorch's CUDA wheels on "
+        "Linux) or mamba_ssm (pip install --no-build-isolation -r requirements-gpu.txt). To run the slow plain PyTorch "
+        "loop all the same, say scan_backend=reference"
+    )
+
+
+@cache
+def _cpu_available() -> bool:
+    """Whether the native CPU scan is built or can be built; the build itself warns with its reason where it fails."""
+    if importlib.util.find_spec("mambavision.ops.cpu_scan") is None:
+        _warn_slow("the native CPU scan is not part of this installation")
+        return False
+    from mambavision.ops.native_build import load_native
+
+    return load_native() is not None
+
+
+@cache
+def _triton_available() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("triton", "mambavision.ops.triton_scan"))
+
+
+@cache
+def _mamba_ssm_available() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("mamba_ssm", "selective_scan_cuda"))
+
+
+@cache
+def _warn_slow(reason: str) -> None:
+    warnings.warn(
+        f"selective scan: {reason}; using the plain PyTorch loop, which is about 20 times slower than the native one "
+        "(half the speed of a whole training step)",
+        stacklevel=3,
+    )
+
+
+def _load(name: str) -> Callable[..., Tensor]:
+    if name == "cpu":
+        from mambavision.ops.cpu_scan import scan_cpu
+
+        return scan_cpu
+    if name == "triton":
+        from mambavision.ops.triton_scan import scan_triton
+
+        return scan_triton
+    if name == "mamba_ssm":
+        from mambavision.ops.mamba_ssm_scan import scan_mamba_ssm
+
+        return scan_mamba_ssm
+    return scan_reference
+
+
+def _check_shapes(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None
+) -> None:
+    """Refuse what would otherwise broadcast into a wrong answer or read out of bounds."""
+    if u.dim() != 3 or A.dim() != 2:
+        raise ValueError(f"the scan wants u (b, L, d) and A (d, n), got {tuple(u.shape)} and {tuple(A.shape)}")
+    batch, tokens, channels = u.shape
+    states = A.shape[1]
+    expected = {
+        "delta": (delta, (batch, tokens, channels)),
+        "A": (A, (channels, states)),
+        "B": (B, (batch, tokens, states)),
+        "C": (C, (batch, tokens, states)),
+        "D": (D, (channels,)),
+        "delta_bias": (delta_bias, (channels,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"the scan of u {tuple(u.shape)} (batch, tokens, channels) with {states} states wants {name} of shape "
+                f"{tuple(shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor is not None and tensor.device != u.device:
+            raise ValueError(f"the scan wants all tensors on {u.device}, but {name} is on {tensor.device}")
