@@ -1,0 +1,169 @@
+// One vector of floats for the instruction set this file is compiled for, and the few functions the kernels need on it.
+// Portable through the compilers' vector extensions; AVX-512 replaces what they express badly. Everything has internal
+// linkage and no C++ standard header is included: see isa.h for why.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+INLINE Vec splat(float value) { return value - Vec{}; }
+
+INLINE Vec load(const float* from) {
+  Vec value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+INLINE Vec load(const bfloat16* from) {
+  Halves halves;
+  memcpy(&halves, from, sizeof halves);
+  return (Vec)(__builtin_convertvector(halves, Bits) << 16);
+}
+
+INLINE void store(float* to, Vec value) { memcpy(to, &value, sizeof value); }
+
+// Rounds to nearest even; a NaN stays one (the carry of the rounding could turn its bits into a zero's).
+INLINE void store(bfloat16* to, Vec value) {
+  const Bits bits = (Bits)value;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits result = value == value ? rounded : (bits >> 16) | 0x40u;
+  const Halves halves = __builtin_convertvector(result, Halves);
+  memcpy(to, &halves, sizeof halves);
+}
+
+// The first `count` lanes only, zeros in the others: the last block of channels.
+template <class T>
+INLINE Vec load(const T* from, int count) {
+  if (__builtin_expect(count >= kLanes, 1)) return load(from);
+  T padded[kLanes] = {};
+  for (int lane = 0; lane < count; lane++) padded[lane] = from[lane];
+  return load(padded);
+}
+
+template <class T>
+INLINE void store(T* to, Vec value, int count) {
+  if (__builtin_expect(count >= kLanes, 1)) return store(to, value);
+  T padded[kLanes];
+  store(padded, value);
+  for (int lane = 0; lane < count; lane++) to[lane] = padded[lane];
+}
+
+INLINE float to_float(float value) { return value; }
+INLINE float to_float(bfloat16 value) {
+  const uint32_t bits = (uint32_t)value.bits << 16;
+  float result;
+  memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// A NaN in `a` comes through both.
+INLINE Vec at_most(Vec a, float limit) { return a > limit ? splat(limit) : a; }
+INLINE Vec at_least(Vec a, float limit) { return a < limit ? splat(limit) : a; }
+INLINE Vec magnitude(Vec a) { return (Vec)((Bits)a & 0x7fffffffu); }
+
+INLINE bool all_below(Vec a, float limit) {  // false if any lane is a NaN
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(limit), _CMP_LT_OQ) == 0xffff;
+#else
+  const Ints below = a < limit;
+  int32_t all = -1;
+  for (int lane = 0; lane < kLanes; lane++) all &= below[lane];
+  return all != 0;
+#endif
+}
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+constexpr float kExponentLimit = 126.0f;
+
+// 2^(a*b) for |a*b| <= 126, relative error below 2e-7. The product is rounded once, inside the fused multiply-adds.
+// Adding `magic` leaves the rounded multiple of 1/32 (or of 1) in the low bits of the sum: table index and exponent.
+INLINE Vec exp2_product_bounded(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  // kTable[j] = bits(2^(j/32)) - (j << 18), because (sum << 18) carries j there beside the exponent.
+  alignas(64) static const uint32_t kTable[32] = {
+      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+      0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+      0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+      0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+  const Vec magic = splat(393216.0f);  // 1.5 * 2^18: one unit in the last place is 1/32
+  const Vec sum = a * b + magic;
+  const Vec rest = a * b - (sum - magic);  // in [-1/64, 1/64]
+  const __m512i index = (__m512i)sum;
+  const __m512i low = _mm512_load_si512(kTable), high = _mm512_load_si512(kTable + 16);
+  const Vec power = (Vec)((Bits)_mm512_permutex2var_epi32(low, index, high) + ((Bits)sum << 18));
+  return power + power * (rest * (0.693157344f + rest * 0.240226507f));
+#else
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: one unit in the last place is 1
+  const Vec sum = a * b + magic;
+  const Vec rest = a * b - (sum - magic);  // in [-1/2, 1/2]
+  const Vec power = 1.0f + rest * (0.693147004f + rest * (0.240222424f + rest * (0.0555073358f +
+                    rest * (0.00967151299f + rest * 0.00132647273f))));
+  return (Vec)((Bits)power + ((Bits)sum << 23));
+#endif
+}
+
+// 2^(a*b) for any a, b: 0 below 2^-126, infinity above 2^126, NaN stays.
+INLINE Vec exp2_product(Vec a, Vec b) {
+  const Vec exponent = a * b;
+  const Vec bounded = at_most(at_least(exponent, -kExponentLimit), kExponentLimit);
+  Vec power = exp2_product_bounded(bounded, splat(1.0f));
+  power = exponent < -kExponentLimit ? Vec{} : power;
+  return exponent > kExponentLimit ? splat(__builtin_inff()) : power;
+}
+
+// e^-|x|, not less than 2^-126: what softplus and its derivative are made of.
+INLINE Vec exp_minus_magnitude(Vec x) {
+  return exp2_product_bounded(at_most(magnitude(x), kExponentLimit * kLn2), splat(-kLog2E));
+}
+
+// log(1 + e^x) given z = e^-|x|: max(x, 0) + log1p(z), the second by a minimax polynomial (relative error 3e-8).
+INLINE Vec softplus(Vec x, Vec z) {
+  const Vec log1p_over_z = 0.99999994f + z * (-0.49999493f + z * (0.33319098f + z * (-0.24842982f + z * (0.19106007f +
+                           z * (-0.13663246f + z * (0.07822596f + z * (-0.02950524f + z * 0.00523269f)))))));
+  return at_least(x, 0.0f) + z * log1p_over_z;
+}
+
+// The derivative of softplus, 1 / (1 + e^-x), given z = e^-|x|.
+INLINE Vec sigmoid(Vec x, Vec z) {
+  const Vec denominator = 1.0f + z;
+#if defined(__AVX512F__)
+  const Vec guess = (Vec)_mm512_rcp14_ps((__m512)denominator);
+  const Vec inverse = guess + guess * (1.0f - denominator * guess);  // one Newton step: 14 -> 24 bits
+#else
+  const Vec inverse = 1.0f / denominator;
+#endif
+  return x < 0.0f ? z * inverse : inverse;
+}
+
+INLINE float sum_lanes(Vec value) {
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; lane++) sum += value[lane];
+  return sum;
+}
+
+}  // namespace
