@@ -1,0 +1,29 @@
+"""The training loss: cross-entropy against soft targets, and MESA's distillation from the EMA model."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the batch of -sum_c t_c log softmax(logits)_c; logits and targets (B, classes), computed in float32."""
+    return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1).mean()
+
+
+def mesa_loss(logits: Tensor, ema_logits: Tensor, temperature: float = 3.0) -> Tensor:
+    """50 * KL(softmax(ema / T) || softmax(logits / T)), mean over the batch and without a T^2 factor, as published.
+
+    Source: Du et al. 2022, "Sharpness-Aware Training for Free" (MESA), with the constants of the published training files.
+    """
+    log_p = F.log_softmax(logits.float() / temperature, dim=-1)
+    log_q = F.log_softmax(ema_logits.float() / temperature, dim=-1)
+    return 50.0 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def top_k_correct(logits: Tensor, targets: Tensor, ks: tuple[int, ...] = (1, 5)) -> list[Tensor]:
+    """How many of the batch have their target among the k largest logits, one 0-dim tensor for each k."""
+    top = logits.topk(min(max(ks), logits.shape[-1]), dim=-1).indices  # (B, max k)
+    hits = top.eq(targets[:, None])
+    return [hits[:, :k].any(dim=-1).sum() for k in ks]

@@ -1,0 +1,172 @@
+"""The run directory: named by the configuration, made by rank 0, told to the others. Owns config.yaml and status.json.
+
+runs/<run_name>/ holds config.yaml, metrics.jsonl, status.json, checkpoints/ and W&B's own folder. The same command finds
+the same directory and continues; nothing in the name comes from the clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mambavision.config import TrainConfig
+
+# Settings that change neither the weights nor what a run is; they do not name it and may differ on resume.
+HARMLESS = (
+    "run_name",
+    "output_dir",
+    "logger",
+    "resume",
+    "watchdog",
+    "checkpoint",
+    "debug",
+    "max_restarts_without_progress",
+    "data.num_workers",
+    "data.os_cache",
+    "data.verify_checksum",
+    "data.stall_warning_seconds",
+    "data.timeout_seconds",
+    "trainer.log_every_steps",
+    "trainer.agree_every_steps",
+    "trainer.eval_batch_size",
+    "trainer.expected_gpus",
+)
+# Settings that may change what comes out, yet are a user's to change in the middle of a run; recorded, not refused.
+ALLOWED = (
+    "data.path",
+    "data.decoder",
+    "data.corrupt_images",
+    "data.max_corrupt_fraction",
+    "guard",
+    "model.scan_backend",
+    "model.checkpoint",
+    "trainer.max_steps",
+    "trainer.device",
+    "trainer.precision",
+    "trainer.channels_last",
+    "trainer.compile",
+    "trainer.deterministic",
+    "trainer.threads",
+    "trainer.eval_every_epochs",
+)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def belongs_to(key: str, groups: tuple[str, ...]) -> bool:
+    return any(key == g or key.startswith(f"{g}.") for g in groups)
+
+
+def fingerprint(cfg: TrainConfig) -> str:
+    """Eight hex digits over every setting that decides what the run computes."""
+    flat = flatten(asdict(cfg))
+    # The length of the run and the place of the data do not make it another run, only a longer or a moved one.
+    named = {k: v for k, v in flat.items() if not belongs_to(k, HARMLESS) and k not in ("trainer.max_steps", "data.path")}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_name(cfg: TrainConfig) -> str:
+    return cfg.run_name or f"{cfg.model.name}-{_data_name(cfg)}-{fingerprint(cfg)}"
+
+
+def _data_name(cfg: TrainConfig) -> str:
+    return Path(cfg.data.path).name if cfg.data.path else cfg.data.source
+
+
+class RunDirectory:
+    """Paths of one run, and the two small files that say what it is and how it ended."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.status_file = path / "status.json"
+        self.config_file = path / "config.yaml"
+        self.stop_file = path / "STOP"
+
+    def create(self, cfg: TrainConfig) -> None:
+        """Make the directories and write config.yaml. Rank 0 only.
+
+        Raises:
+            ValueError: the directory cannot be made.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config_file, yaml.safe_dump(_plain(asdict(cfg)), sort_keys=False))
+        except OSError as error:
+            raise ValueError(
+                f"cannot write the run directory {self.path}: {error.strerror}; give another with output_dir=DIR or run_name=NAME"
+            ) from error
+        self.stop_file.unlink(missing_ok=True)
+
+    def stored_config(self) -> dict[str, Any] | None:
+        if not self.config_file.exists():
+            return None
+        return yaml.safe_load(self.config_file.read_text())
+
+    def write_status(self, status: str, *, step: int, **details: Any) -> None:
+        """status: running | finished | preempted | failed, with the step and, where there is one, a cause."""
+        record = {"status": status, "step": step, **details, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        write_atomically(self.status_file, json.dumps(record, indent=1) + "\n")
+
+    def status(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.status_file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old content or the new, never a part; fsynced."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def config_changes(stored: dict[str, Any], current: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings whose value differs from the stored run's: key -> (stored, current)."""
+    before, after = flatten(stored), flatten(_plain(asdict(current)))
+    return {k: (before.get(k), after.get(k)) for k in sorted({*before, *after}) if before.get(k) != after.get(k)}
+
+
+def check_resume(stored: dict[str, Any], current: TrainConfig) -> list[str]:
+    """Compare a run's stored configuration with the one asked for. Returns notices about allowed changes.
+
+    Raises:
+        ValueError: a change that would make it another run, with the difference and how to allow it.
+    """
+    changes = {k: v for k, v in config_changes(stored, current).items() if not belongs_to(k, HARMLESS)}
+    refused = {k: v for k, v in changes.items() if not belongs_to(k, (*ALLOWED, *current.resume.allow))}
+    if refused:
+        table = "\n".join(f"  {k}: {a!r} -> {b!r}" for k, (a, b) in refused.items())
+        raise ValueError(
+            f"this run was started with other settings:\n{table}\nstart another run with run_name=NAME, take the stored values, "
+            f"or allow the change: 'resume.allow=[{','.join(refused)}]'"
+        )
+    return [f"{k}: {a!r} -> {b!r}" for k, (a, b) in changes.items()]

@@ -1,0 +1,86 @@
+"""What a person sees: a progress bar on a terminal, lines elsewhere. Shows what the other sinks get, computes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class ConsoleSink:
+    def __init__(self, mode: str = "auto"):
+        """mode: auto (progress bar on a terminal), or lines."""
+        # Wide enough that a redirected log does not break its lines.
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.progress: Progress | None = None
+        if mode == "auto" and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=self.console, transient=True)
+        self.task = None
+
+    def log(self, event: str, fields: dict[str, Any]) -> None:
+        show = getattr(self, f"_show_{event}", None)
+        if show is not None:
+            show(fields)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def _show_start(self, f: dict) -> None:
+        self._print(f"run       {f['run_directory']}")
+        self._print(f"model     {f['model']}  {f['parameters']:,} parameters, {f['num_classes']} classes, scan: {f['scan_backend']}")
+        self._print(f"data      {f['train_images']:,} training and {f['eval_images']:,} evaluation images")
+        self._print(f"batch     {f['batch_plan']}")
+        self._print(f"plan      {f['steps_per_epoch']} steps an epoch, {f['total_steps']:,} steps, {f['precision']} on {f['device']}")
+        if f.get("resumed_from"):
+            self._print(f"resume    {f['resumed_from']}, step {f['step']}")
+        if self.progress is not None:
+            self.progress.start()
+            self.task = self.progress.add_task("training", total=f["total_steps"], completed=f["step"])
+
+    def _show_notice(self, f: dict) -> None:
+        self._print(f"note      {f['message']}")
+
+    def _show_warning(self, f: dict) -> None:
+        self._print(f"warning   {f['message']}")
+
+    def _show_train(self, f: dict) -> None:
+        line = (
+            f"epoch {f['epoch']}  step {f['step']}/{f['total_steps']}  loss {f['train/loss']:.4f}  lr {f['optimizer.lr']:.2e}  "
+            f"{f['speed/img_per_sec']:,.0f} img/s  data {100 * f['speed/data_wait_fraction']:.0f} %  "
+            f"{f['speed/memory_gib']:.1f} GiB  eta {_duration(f['eta_seconds'])}"
+        )
+        if self.progress is None:
+            self._print(line)
+        else:
+            self.progress.update(self.task, completed=f["step"], description=line)
+
+    def _show_eval(self, f: dict) -> None:
+        ema = f"  EMA {f['eval/ema_top1']:.2f} % ({f['eval/ema_top5']:.2f} %)" if "eval/ema_top1" in f else ""
+        self._print(
+            f"eval      after epoch {f['epoch']}: Top-1 {f['eval/top1']:.2f} % (Top-5 {f['eval/top5']:.2f} %){ema}  "
+            f"{f['eval/images']:,} images, {f['eval/img_per_sec']:,.0f} img/s"
+        )
+
+    def _show_checkpoint_failed(self, f: dict) -> None:
+        self._print(f"warning   {f['path']} could not be written, training goes on: {f['cause']}")
+
+    def _show_stop(self, f: dict) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        cause = f" ({f['cause']})" if f.get("cause") else ""
+        self._print(f"{f['status']:<9} at step {f['step']}{cause}: {f['run_directory']}")
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
