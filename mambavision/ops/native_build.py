@@ -1,7 +1,7 @@
 """Compiles the C++ kernels at first use, once per user, source, torch, compiler and machine, and loads them.
 
-Many ranks may start at once on a shared filesystem: one builds under a file lock, the others wait; and because the finished
-library only ever appears under its final name by an atomic rename, a filesystem without locks costs time, not correctness.
+Many ranks may start at once on a shared filesystem: one builds under a file lock, the others wait. The finished library
+only ever appears under its final name by an atomic rename, so a filesystem without locks costs time, not correctness.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,11 +34,13 @@ class Source:
     per_isa: bool = False
 
 
-# To add kernels, add their file here: all become one library, and headers beside them count for the cache by themselves.
+# To add kernels, add their file here: all become one library. Headers beside them count for the cache by themselves.
 SOURCES = (
     Source("scan.cpp"),
     Source("isa.cpp"),
     Source("scan_kernel.cpp", per_isa=True),
+    Source("optimizer.cpp"),
+    Source("optimizer_kernel.cpp", per_isa=True),
 )
 
 # No -march=native: it would put the build machine's instructions into inline functions that nothing guards.
@@ -67,8 +69,8 @@ def load_native() -> object | None:
     except NativeBuildError as error:
         warnings.warn(
             f"the compiled CPU kernels are not available: {error}\n"
-            "Training and inference on the CPU go on in plain PyTorch: the selective scan about 20 times slower, a whole "
-            "training step about half as fast. CUDA is not affected.",
+            "Training and inference on the CPU go on in plain PyTorch: the selective scan about 20 times slower, a "
+            "whole training step about half as fast. CUDA is not affected.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -139,10 +141,9 @@ def _compiler_key(compiler: str) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        try:
+        # Some cluster filesystems have no locks: then several ranks build, and the last rename stands.
+        with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # some cluster filesystems have no locks: then several ranks build, and the last rename stands
-            pass
         yield
 
 
@@ -163,7 +164,7 @@ def _build(compiler: str, library: Path) -> None:
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
             list(pool.map(_run, jobs.values()))
         unfinished = f"{temporary}/{library.name}"
-        # -fopenmp is left out of the link: the calls then bind to the OpenMP runtime that torch has loaded, the only one.
+        # No -fopenmp in the link: the calls then bind to the OpenMP runtime that torch has loaded, the only one.
         _run([compiler, "-shared", *jobs, f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-lc10", "-o", unfinished])
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
