@@ -1,0 +1,119 @@
+"""Compiles our Triton kernels for a GPU that need not be there, and reads what they need: registers, stack, shared memory.
+
+    python -m mambavision.ops.triton_compile [--json FILE]
+
+A stack is where registers are spilled to. The sizes are those that the network's own shapes lead to (N = 8).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mambavision.ops import triton_scan_kernels as scan
+from mambavision.ops.triton_scan import CHECKPOINT_EVERY, TILE
+
+ARCHITECTURES = (80, 90)
+DTYPES = ("bf16", "fp32")
+_SCAN_TILE = {"STATES": 8, "TILE": TILE}
+_FORWARD = _SCAN_TILE | {"CHECKPOINT_EVERY": CHECKPOINT_EVERY, "GROUPS": 1}
+_BACKWARD_TILE = {"GROUPS": 2, "WIDTH": 8}
+
+# name -> (kernel, constants, pointers whose dtype is not the data's)
+VARIANTS: dict[str, tuple[triton.JITFunction, dict[str, int | bool], tuple[str, ...]]] = {}
+
+
+def _add(name: str, kernel: triton.JITFunction, constants: dict[str, int | bool]) -> None:
+    float32 = {"a_ptr", "d_ptr", "bias_ptr", "checkpoint_ptr", "chunk_state_ptr", "chunk_adjoint_ptr", "db_dc_ptr",
+               "channel_sum_ptr", "chunk_end_ptr", "chunk_dt_ptr", "weight_ptr", "weight_sum_ptr"}  # fmt: skip
+    VARIANTS[name] = (kernel, constants, tuple(float32))
+
+
+for _width in (32, 16, 8):
+    _constants = _FORWARD | {"WIDTH": _width, "CHUNKED": False}
+    _add(f"scan forward, {_width} wide", scan.forward_kernel, _constants | {"SAVE": False})
+    _add(f"scan forward, {_width} wide, training", scan.forward_kernel, _constants | {"SAVE": True})
+_add("scan forward, 8 wide, chunked", scan.forward_kernel, _FORWARD | {"WIDTH": 8, "CHUNKED": True, "SAVE": True})
+for _chunked in (False, True):
+    _add(
+        "scan backward" + ", chunked" * _chunked,
+        scan.backward_kernel,
+        _SCAN_TILE | _BACKWARD_TILE | {"CHECKPOINT_EVERY": CHECKPOINT_EVERY, "CHUNKED": _chunked},
+    )
+for _reverse in (False, True):
+    _direction = "backward" if _reverse else "forward"
+    _constants = _BACKWARD_TILE | {"REVERSE": _reverse}
+    _add(f"scan chunk summary, {_direction}", scan.chunk_summary_kernel, _SCAN_TILE | _constants)
+    _add(f"scan chunk carry, {_direction}", scan.chunk_carry_kernel, {"STATES": 8} | _constants)
+
+
+class Usage(NamedTuple):
+    """What one compiled kernel takes of a multiprocessor."""
+
+    registers: int  # a thread; 65 536 a multiprocessor, 255 at most
+    stack_bytes: int  # a thread, in (slow) local memory: 0 means nothing is spilled
+    shared_bytes: int  # a program
+
+
+def compile_ahead(name: str, architecture: int, dtype: str) -> Usage:
+    """Compiles the variant for compute capability architecture (80 = A100, 90 = H100), data in dtype (bf16, fp16, fp32)."""
+    kernel, constants, float32_pointers = VARIANTS[name]
+    signature, attributes = {}, {}
+    for position, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            continue
+        is_pointer = argument.endswith("_ptr")
+        pointee = "fp32" if argument in float32_pointers else dtype
+        signature[argument] = f"*{pointee}" if is_pointer else "i32"
+        if is_pointer or argument.startswith("stride") or argument == "channels":
+            attributes[(position,)] = [["tt.divisibility", 16]]  # what the launcher finds for the network's tensors
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 1})
+    return _read_usage(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def cuobjdump() -> Path:
+    """The disassembler that comes with Triton's wheel."""
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def _read_usage(cubin: bytes, shared_bytes: int) -> Usage:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(cuobjdump()), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{word}:(\d+)", text).group(1)) for word in ("REG", "STACK"))
+    return Usage(registers, stack, shared_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    arguments = parser.parse_args()
+    rows = []
+    print(f"{'kernel':36} {'arch':5} {'dtype':5} {'registers':>9} {'stack B':>8} {'shared B':>8}")
+    for name in VARIANTS:
+        for architecture in ARCHITECTURES:
+            for dtype in DTYPES:
+                usage = compile_ahead(name, architecture, dtype)
+                rows.append({"name": name, "architecture": f"sm_{architecture}", "dtype": dtype, **usage._asdict()})
+                print(
+                    f"{name:36} sm_{architecture} {dtype:5} {usage.registers:9} {usage.stack_bytes:8} {usage.shared_bytes:8}"
+                )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"triton": triton.__version__, "results": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
