@@ -1,4 +1,4 @@
-"""The network: stem, four stages, head. Shapes come from keywords (`variants.py` has the named sets), weights from outside.
+"""The network: stem, four stages, head. Shapes come from options (`variants.py` has the named sets).
 
 Source: arXiv 2407.08083, figure 2. Parameter names are those of the published checkpoints.
 """
@@ -109,7 +109,7 @@ class MambaVision(nn.Module):
     def _initialise(self, init: str) -> None:
         """Truncated normal for every linear layer, PyTorch's default for convolutions.
 
-        As published this includes dt_proj, whose step then starts at softplus(0) = 0.69; "mamba" gives it Mamba's range.
+        As published this includes dt_proj, whose step then starts at softplus(0) = 0.69; "mamba" gives it Mamba's.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""The parts of a stage: residual convolution block, token block (mixer or attention, then MLP), windows, stochastic depth."""
+"""The parts of a stage: convolution block, token block (mixer or attention, then MLP), windows, stochastic depth."""
 
 from __future__ import annotations
 

@@ -79,7 +79,8 @@ def resolve_options(name: str, architecture: dict[str, Any]) -> ModelOptions:
     for keyword in architecture:
         if keyword not in known:
             raise ValueError(
-                f"architecture keyword {keyword!r} does not exist{_did_you_mean(keyword, known)}; all: {', '.join(known)}"
+                f"architecture keyword {keyword!r} does not exist{_did_you_mean(keyword, known)}; "
+                f"all: {', '.join(known)}"
             )
     values = {field: getattr(VARIANTS[name], field) for field in ARCHITECTURE_FIELDS}
     values.update({k: v for k, v in architecture.items() if k not in ("drop_path", "stage_pattern") or v is not None})
@@ -94,8 +95,8 @@ def stage_patterns(pattern: str | Sequence[str], depths: Sequence[int]) -> tuple
     """The letters of stages 3 and 4, one a block, M for a mixer and S for attention.
 
     `pattern`: "" for the published rule (the first half, rounded up, are mixers); "MMMMSSSS/MMSS" or a pair of strings
-    for both stages; one string for stage 3 alone, stage 4 then keeping the rule; a single letter stands for a whole stage
-    ("S/S" is all attention).
+    for both stages; one string for stage 3 alone, stage 4 then keeping the rule; a single letter stands for a whole
+    stage ("S/S" is all attention).
     """
     given = tuple(pattern.split("/")) if isinstance(pattern, str) else tuple(pattern)
     given = given + ("",) * (2 - len(given))
@@ -104,16 +105,20 @@ def stage_patterns(pattern: str | Sequence[str], depths: Sequence[int]) -> tuple
         depth = depths[stage - 1] if len(depths) == 4 else 0
         text = text.upper()
         if text == "":
-            text = "M" * ((depth + 1) // 2) + "S" * (depth // 2)
+            text = _half_mixers(depth)
         elif len(text) == 1:
             text = text * depth
         if len(given) > 2 or len(text) != depth or set(text) - set("MS"):
             raise ValueError(
-                f"stage_pattern {pattern!r}: stage {stage} has {depth} blocks and wants {depth} letters, M (mixer) or S "
-                f"(attention), e.g. {'M' * ((depth + 1) // 2) + 'S' * (depth // 2)!r}; write both stages as 'MMMMSSSS/MMSS'"
+                f"stage_pattern {pattern!r}: stage {stage} has {depth} blocks and wants {depth} letters, M (mixer) or "
+                f"S (attention), e.g. {_half_mixers(depth)!r}; write both stages as 'MMMMSSSS/MMSS'"
             )
         letters.append(text)
     return letters[0], letters[1]
+
+
+def _half_mixers(depth: int) -> str:
+    return "M" * ((depth + 1) // 2) + "S" * (depth // 2)
 
 
 def _as_tuple(name: str, value: Any) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The selective scan through mamba_ssm's CUDA kernels, as a custom op of our own.
 
 mamba_ssm's function is a plain autograd.Function around a pybind module, on which torch.compile breaks the graph;
-wrapped with a fake and an autograd rule it is one opaque node. mamba_ssm is imported at the first CUDA call, never before.
+wrapped with a fake and an autograd rule it is one opaque node. The package is imported at the first CUDA call.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch import Tensor
 def scan_mamba_ssm(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None
 ) -> Tensor:
-    """The scan of `reference.scan_reference` on CUDA; same shapes, tokens-major (the kernels want channels first, so the
-    inputs are transposed here). float32, bfloat16 or float16 inputs, float32 state."""
+    """The scan of `reference.scan_reference` on CUDA, same shapes. float32, bfloat16 or float16 in, float32 state.
+
+    Tokens-major; the kernels want channels first, so the inputs are transposed here.
+    """
     # The kernels ask for one dtype of u, delta, B, C, a channel-first layout with contiguous tokens, and B, C with a
     # group dimension of one.
     u_cf, delta_cf = (t.transpose(1, 2).contiguous() for t in (u, delta.to(u.dtype)))

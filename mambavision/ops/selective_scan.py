@@ -1,7 +1,7 @@
 """The selective scan: one function, several backends, chosen by device, dtype and what is installed.
 
-This module decides; the arithmetic is in `reference.py`, `cpu_scan.py`, `triton_scan.py` and `mamba_ssm_scan.py`, which are
-imported when first needed. No backend is ever replaced by a slow one in silence.
+This module decides; the arithmetic is in `reference.py`, `cpu_scan.py`, `triton_scan.py` and `mamba_ssm_scan.py`,
+which are imported when first needed. No backend is ever replaced by a slow one in silence.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mambavision.ops.reference import scan_reference
 BACKENDS = ("auto", "cpu", "triton", "mamba_ssm", "reference")
 ENVIRONMENT_OVERRIDE = "MAMBAVISION_SCAN_BACKEND"
 _ALIASES = {"cuda": "mamba_ssm"}
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "mamba_ssm": "cuda"}
 
 
@@ -85,13 +86,13 @@ def selective_scan_tokens(
     projection need no copy.
     """
     _check_shapes(u, delta, A, B, C, D, delta_bias)
-    scan = _load(choose_backend(u.device.type, u.dtype == torch.float64, backend))
+    scan = _load(choose_backend(u.device.type, u.dtype, backend))
     return scan(u, delta, A, B, C, D, delta_bias)
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(device: str, is_float64: bool, backend: str = "auto") -> str:
-    """The backend that a tensor of this device will take: cpu, triton, mamba_ssm or reference.
+def choose_backend(device: str, dtype: torch.dtype, backend: str = "auto") -> str:
+    """The backend that a tensor of this device and dtype will take: cpu, triton, mamba_ssm or reference.
 
     Plain arguments and a plain answer, so that torch.compile evaluates it once while tracing.
     """
@@ -104,16 +105,18 @@ def choose_backend(device: str, is_float64: bool, backend: str = "auto") -> str:
             f"scan backend {asked!r} does not exist; choose one of {', '.join(BACKENDS)} "
             f"(scan_backend=..., or the environment variable {ENVIRONMENT_OVERRIDE})"
         )
-    if asked == "reference" or is_float64:
+    if asked == "reference" or dtype == torch.float64:
         return "reference"
     if asked == "auto":
-        return _automatic(device)
+        return _automatic(device, dtype)
     if _DEVICE_OF[asked] != device:
         fitting = [name for name in BACKENDS if _DEVICE_OF.get(name, device) == device]
         raise ValueError(
             f"scan backend {asked!r} runs on {_DEVICE_OF[asked]} tensors, this one is on {device}; "
             f"choose one of {', '.join(fitting)}"
         )
+    if asked == "cpu" and dtype not in _CPU_DTYPES:
+        raise ValueError(f"scan backend 'cpu' takes float32 and bfloat16, not {dtype}; use precision bf16 or fp32")
     if asked == "cpu" and not _cpu_available():
         raise RuntimeError(
             "scan backend 'cpu' was asked for by name but its native code could not be built (the warning above says "
@@ -129,13 +132,12 @@ def choose_backend(device: str, is_float64: bool, backend: str = "auto") -> str:
     return asked
 
 
-def _automatic(device: str) -> str:
+def _automatic(device: str, dtype: torch.dtype) -> str:
     if device == "cuda":
         return _automatic_cuda()
-    if device == "cpu" and _cpu_available():
-        return "cpu"
-    if device != "cpu":
-        _warn_slow(f"there is no fast scan for {device} tensors")
+    if device == "cpu" and dtype in _CPU_DTYPES:
+        return "cpu" if _cpu_available() else "reference"
+    _warn_slow(f"there is no fast scan for {dtype} tensors on {device}")
     return "reference"
 
 
@@ -155,10 +157,7 @@ def _automatic_cuda() -> str:
 
 @cache
 def _cpu_available() -> bool:
-    """Whether the native CPU scan is built or can be built; the build itself warns with its reason where it fails."""
-    if importlib.util.find_spec("mambavision.ops.cpu_scan") is None:
-        _warn_slow("the native CPU scan is not part of this installation")
-        return False
+    """Whether the native CPU scan is built or can be built; the build warns with its reason where it fails."""
     from mambavision.ops.native_build import load_native
 
     return load_native() is not None
@@ -166,7 +165,7 @@ def _cpu_available() -> bool:
 
 @cache
 def _triton_available() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("triton", "mambavision.ops.triton_scan"))
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache
