@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
-from mambavision.compose import CONF_DIR, check_overrides, typed_train_config
+from mambavision.compose import CONF_DIR, check_command_line, typed_train_config
 from mambavision.config import TrainConfig
 from mambavision.config_checks import ConfigError
 
@@ -28,22 +29,28 @@ def job(composed: DictConfig) -> float | None:
     """One point: Hydra's sweepers optimise the returned Top-1."""
     from mambavision.engine.session import run
 
-    status = run(typed_train_config(composed))
+    try:
+        status = run(typed_train_config(composed))
+    except ValueError as error:
+        refuse(error)
     if status["status"] == "preempted":
         raise SystemExit(EXIT_CODES["preempted"])
     return status.get("eval/ema_top1", status.get("eval/top1"))
 
 
+def refuse(error: ValueError) -> NoReturn:
+    """What the user can mend is said once on each node, without a traceback."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from error
+
+
 def main() -> None:
     try:
-        overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
-        checked = iter(check_overrides(overrides, TrainConfig))
-        sys.argv[1:] = [a if a.startswith("-") else next(checked) for a in sys.argv[1:]]
-        job()
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        sys.argv[1:] = check_command_line(sys.argv[1:], TrainConfig)
+    except ConfigError as error:
+        refuse(error)
+    job()
 
 
 if __name__ == "__main__":

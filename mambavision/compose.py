@@ -54,6 +54,18 @@ def _plain(composed: DictConfig) -> dict:
         raise ConfigError(f"the configuration cannot be resolved: {error}") from error
 
 
+# Hydra's own flags that are followed by a word which is not a setting.
+_FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+
+
+def check_command_line(arguments: list[str], cls: type) -> list[str]:
+    """`check_overrides` for a whole command line: Hydra's flags (-m, --cfg job, ...) pass through where they stand."""
+    after_flag = [False, *(a in _FLAGS_WITH_VALUE for a in arguments)]
+    is_override = [not a.startswith("-") and not follows for a, follows in zip(arguments, after_flag)]
+    checked = iter(check_overrides([a for a, yes in zip(arguments, is_override) if yes], cls))
+    return [next(checked) if yes else a for a, yes in zip(arguments, is_override)]
+
+
 def check_overrides(overrides: list[str], cls: type) -> list[str]:
     """Look the given `key=value` words over before Hydra does, so that a slip is answered with what to type instead.
 

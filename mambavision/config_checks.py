@@ -79,12 +79,16 @@ def known_keys(cls: type = TrainConfig, path: str = "") -> list[str]:
     return keys
 
 
+def _group_names(cls: type) -> set[str]:
+    return {k.rsplit(".", 1)[0] for k in known_keys(cls) if "." in k}
+
+
 def unknown_key_advice(key: str, cls: type = TrainConfig) -> str:
     keys = known_keys(cls)
     leaf = key.rsplit(".", 1)[-1]
     # The right name in another group ("lr" for "optimizer.lr") is as likely a slip as a misspelling.
     near = [k for k in keys if k.rsplit(".", 1)[-1] == leaf] + difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
-    near = list(dict.fromkeys(near))[:3]
+    near = list(dict.fromkeys(k for k in near if k not in _group_names(cls)))[:2]
     if near:
         return f"there is no setting {key!r}; did you mean {' or '.join(near)}?"
     group = key.rsplit(".", 1)[0] if "." in key else ""

@@ -118,6 +118,7 @@ class BatchNormAverager:
         self.layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
         self.momenta = [m.momentum for m in self.layers]
         self.buffers = [b for m in self.layers for b in (m.running_mean, m.running_var)]
+        self.counters = [m.num_batches_tracked for m in self.layers]
         self.sizes = [b.numel() for b in self.buffers]
 
     def begin_micro_batch(self, index: int, count: int) -> None:
@@ -127,8 +128,13 @@ class BatchNormAverager:
         for layer, momentum in zip(self.layers, self.momenta):
             layer.momentum = (momentum / count) / (1 - momentum * (count - 1 - index) / count)
 
-    def average_over_ranks(self) -> None:
-        """One small all-reduce (20 kB for MambaVision-T)."""
+    def finish_step(self, count: int) -> None:
+        """Average over ranks, one small all-reduce (20 kB for MambaVision-T), and count the step once."""
+        if count > 1 and self.counters:
+            torch._foreach_sub_(self.counters, count - 1)
+        self._average_over_ranks()
+
+    def _average_over_ranks(self) -> None:
         if not is_distributed() or not self.buffers:
             return
         flat = torch.cat([b.reshape(-1) for b in self.buffers])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,7 +75,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
         try:
             status = trainer.fit()
         except BaseException as error:
-            end(trainer, run_dir, "failed", cause=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+            end(trainer, run_dir, "failed", cause=f"{type(error).__name__}: {error}")
             raise
         finally:
             train_loader.close()
@@ -192,13 +190,11 @@ def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed
         )
 
 
-def end(trainer: Trainer, run_dir: RunDirectory, status: str, *, cause: str | None = None, trace: str | None = None) -> dict[str, Any]:
+def end(trainer: Trainer, run_dir: RunDirectory, status: str, *, cause: str | None = None) -> dict[str, Any]:
     record = {"status": status, "step": trainer.progress.step, "cause": cause}
     if trainer.world.is_main:
         scores = {k: v for k, v in trainer.last_eval.items() if k.startswith("eval/")}
         run_dir.write_status(status, step=trainer.progress.step, cause=cause, **scores)
-        if trace is not None:
-            print(trace, file=sys.stderr)
         trainer.telemetry.log("stop", status=status, step=trainer.progress.step, cause=cause, run_directory=str(run_dir.path))
     trainer.telemetry.close()
     return {**record, "run_directory": str(run_dir.path), **{k: v for k, v in trainer.last_eval.items() if k.startswith("eval/")}}

@@ -145,7 +145,7 @@ class Trainer:
                     loss = self.loss(logits, images, targets) / self.plan.accum_steps
                 self.scaler.scale(loss).backward()
             self.meters.add_loss(loss)
-        self.batch_norm.average_over_ranks()
+        self.batch_norm.finish_step(self.plan.accum_steps)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         # Equal on every rank, as the gradients are; optimizer and EMA refuse a step whose norm is not finite by themselves,
