@@ -10,14 +10,12 @@ Settings are written group=choice or key=value; conf/ holds the groups, mambavis
 
 from __future__ import annotations
 
-import os
 import sys
-from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
-from mambavision.compose import CONF_DIR, check_command_line, typed_train_config
+from mambavision.compose import CONF_DIR, check_command_line, refuse, typed_train_config
 from mambavision.config import TrainConfig
 from mambavision.config_checks import ConfigError
 
@@ -36,13 +34,6 @@ def job(composed: DictConfig) -> float | None:
     if status["status"] == "preempted":
         raise SystemExit(EXIT_CODES["preempted"])
     return status.get("eval/ema_top1", status.get("eval/top1"))
-
-
-def refuse(error: ValueError) -> NoReturn:
-    """What the user can mend is said once on each node, without a traceback."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2) from error
 
 
 def main() -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+import traceback
+from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,8 +34,11 @@ def compose_train_config(overrides: list[str]) -> TrainConfig:
 
 
 def compose_eval_config(overrides: list[str]) -> EvalConfig:
+    """The configuration of `eval.py` with these overrides."""
     overrides = check_overrides(overrides, EvalConfig)
-    cfg = to_config(EvalConfig, _plain(_compose("eval", overrides)))
+    composed = _plain(_compose("eval", overrides))
+    # A model file carries its training recipe besides; an evaluation has no use for it.
+    cfg = to_config(EvalConfig, {k: v for k, v in composed.items() if k in {f.name for f in fields(EvalConfig)}})
     check_values(cfg)
     return cfg
 
@@ -134,3 +142,12 @@ def group_choices(group: str) -> list[str]:
 
 def _is_group(key: str) -> bool:
     return (CONF_DIR / key).is_dir()
+
+
+def refuse(error: ValueError) -> NoReturn:
+    """What the user can mend is said once on each node and without a traceback (HYDRA_FULL_ERROR=1 shows it)."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exception(error)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from error

@@ -109,7 +109,7 @@ class RunDirectory:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config_file, yaml.safe_dump(_plain(asdict(cfg)), sort_keys=False))
+            write_atomically(self.config_file, yaml.safe_dump(plain(asdict(cfg)), sort_keys=False))
         except OSError as error:
             raise ValueError(
                 f"cannot write the run directory {self.path}: {error.strerror}; give another with output_dir=DIR or run_name=NAME"
@@ -143,15 +143,16 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Nested dicts, lists and scalars only: what YAML, JSON and a checkpoint's safe loader take."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def config_changes(stored: dict[str, Any], current: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings whose value differs from the stored run's: key -> (stored, current)."""
-    before, after = flatten(stored), flatten(_plain(asdict(current)))
+    before, after = flatten(stored), flatten(plain(asdict(current)))
     return {k: (before.get(k), after.get(k)) for k in sorted({*before, *after}) if before.get(k) != after.get(k)}
 
 

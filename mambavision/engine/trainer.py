@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -25,10 +27,15 @@ from mambavision.engine.progress import TrainProgress
 from mambavision.engine.stop import StopNotice
 from mambavision.optim import ModelEma, build_optimizer, build_param_groups, global_grad_norm
 from mambavision.optim.schedule import LearningRate
+from mambavision.run_dir import plain
 from mambavision.telemetry.meters import StepMeters, peak_memory_gib
 from mambavision.telemetry.sinks import Telemetry
 
 DROP_PATH = 19  # the purpose of a step key's draws that decides stochastic depth; data/keyed_random.py lists the others
+
+# torch 2.13 renamed the argument.
+_SYNC = "forward_sync_buffers"
+NO_BUFFER_SYNC = {_SYNC if _SYNC in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers": False}
 
 
 class Trainer:
@@ -67,6 +74,7 @@ class Trainer:
         self.lr = LearningRate(cfg.schedule, cfg.optimizer.lr, cfg.trainer.epochs, train_loader.steps_per_epoch)
         self.progress = TrainProgress()
         self.last_eval: dict[str, Any] = {}
+        self.config = plain(asdict(cfg)) | {"num_classes": train_loader.num_classes}
         self.meters = StepMeters(world.device)
 
     def _data_parallel(self, model: nn.Module) -> nn.Module:
@@ -74,7 +82,7 @@ class Trainer:
             return model
         device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
         # Buffers: BatchNormAverager keeps them equal. Bucket views: gradients are reduced where they lie, without a copy.
-        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **NO_BUFFER_SYNC)
 
     # ---- position, all derived from progress -------------------------------------------------------------------------
 
@@ -227,6 +235,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "progress": self.progress.state_dict(),
             "eval": self.last_eval,
+            "config": self.config,  # not state: so that the file alone says what it is
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

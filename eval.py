@@ -1,0 +1,27 @@
+#!/usr/bin/env python
+"""Score a checkpoint, ours (raw and EMA weights) or a published one.
+
+    python eval.py checkpoint=runs/NAME                                   # the best checkpoint of a run, on its own data
+    python eval.py checkpoint=PATH.pt data=ffcv data.path=DIR
+    python eval.py checkpoint=mambavision_tiny_1k.pth.tar model=mambavision_t data=folder data.path=DIR
+    torchrun --nproc_per_node=8 eval.py checkpoint=PATH.pt data.path=DIR  # each image is still counted once
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    from mambavision.compose import compose_eval_config, refuse
+    from mambavision.engine.score import implied_overrides, score
+
+    try:
+        given = sys.argv[1:]
+        score(compose_eval_config(implied_overrides(given) + given))
+    except ValueError as error:
+        refuse(error)
+
+
+if __name__ == "__main__":
+    main()

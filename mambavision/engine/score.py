@@ -1,0 +1,134 @@
+"""Scoring a checkpoint on an evaluation set: what eval.py does. Knows both our checkpoints and the published ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import data
+from data.batch_transform import BatchTransform
+from mambavision import VARIANTS, create_model, distributed
+from mambavision.config import AugmentConfig, EvalConfig
+from mambavision.engine import checkpoint as checkpoints
+from mambavision.engine.evaluate import evaluate
+from mambavision.engine.precision import autocast_context, resolve_precision
+from mambavision.models.pretrained import find_weights, load_weights, read_checkpoint
+from mambavision.run_dir import write_atomically
+
+# What a run's evaluation depends on; taken over from a checkpoint of ours unless given.
+_IMPLIED_DATA = ("image_size", "crop_pct", "crop_mode", "eval_interpolation", "mean", "std")
+_IMPLIED_MODEL = ("architecture", "init", "window_padding")
+
+
+def implied_overrides(given: list[str]) -> list[str]:
+    """What the checkpoint named in the command line says about model and data, as overrides to stand before it."""
+    keys = {o.split("=", 1)[0].lstrip("+") for o in given}
+    path = next((o.split("=", 1)[1] for o in given if o.startswith("checkpoint=")), "")
+    if not path:
+        raise ValueError("eval.py needs a checkpoint; type checkpoint=PATH (a file, or a run directory for its best)")
+    content = read_checkpoint(find_file(path))
+    config = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(config, dict):
+        return [] if "model" in keys else [f"model={variant_of(content, path)}"]
+    implied = []
+    if "model" not in keys:
+        implied.append(f"model={config['model']['name']}")
+        for key in _IMPLIED_MODEL:
+            implied += _as_overrides(f"model.{key}", config["model"][key])
+    if "data" not in keys:
+        implied.append(f"data={config['data']['source']}")
+        for key in ("path", "num_classes", "synthetic_train_samples", "synthetic_eval_samples"):
+            implied += _as_overrides(f"data.{key}", config["data"][key])
+    for key in _IMPLIED_DATA:
+        implied += _as_overrides(f"data.{key}", config["data"][key])
+    return [o for o in implied if o.split("=", 1)[0] not in keys]
+
+
+def _as_overrides(key: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [o for k, v in value.items() for o in _as_overrides(f"{key}.{k}", v)]
+    return [f"{key}={json.dumps(value)}"]
+
+
+def variant_of(content: Any, path: str) -> str:
+    """The variant whose depths and widths a published file has."""
+    state = find_weights(content, path)
+    blocks = {tuple(name.split(".")[1:4:2]) for name in state if name.startswith("levels.") and ".blocks." in name}
+    depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4))
+    dim = state["patch_embed.conv_down.3.weight"].shape[0] if "patch_embed.conv_down.3.weight" in state else 0
+    fitting = [name for name, v in VARIANTS.items() if tuple(v.depths) == depths and v.dim == dim]
+    if not fitting:
+        raise ValueError(f"{path} fits no known variant (depths {depths}, dim {dim}); say which with model=NAME")
+    return fitting[0]
+
+
+def find_file(path: str) -> Path:
+    """A checkpoint file: the one given, or the best (else the newest) of a run directory."""
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        return directory
+    if (directory / "checkpoints").is_dir():
+        directory = directory / "checkpoints"
+    files = checkpoints.list_checkpoints(directory)
+    if not files:
+        raise ValueError(f"checkpoint={path} is a directory without checkpoints; give a run directory or a file")
+    scores = {f: (checkpoints.read_sidecar(f) or {}).get("score") for f in files}
+    scored = [f for f in files if scores[f] is not None]
+    return max(scored, key=lambda f: (scores[f], f.name)) if scored else files[-1]
+
+
+def score(cfg: EvalConfig) -> dict[str, Any]:
+    """Evaluate, print, and write the JSON file. Returns what was written."""
+    world = distributed.init_world(cfg.device)
+    precision = resolve_precision(cfg.precision, world)
+    path = find_file(cfg.checkpoint)
+    content = read_checkpoint(path)
+    loader = data.build_eval_loader(
+        cfg.data, batch_size=cfg.batch_size, rank=world.rank, world_size=world.world_size, split=cfg.eval_set
+    )
+    models = load_models(cfg, content, path, world.device)
+    transform = BatchTransform(AugmentConfig(), cfg.data.mean, cfg.data.std, loader.num_classes, seed=0)
+    autocast = autocast_context(precision, world.device)
+    result = evaluate(models, loader, prepare=transform.evaluate, autocast=autocast, world=world)
+    loader.close()
+    record = {"checkpoint": str(path), "model": cfg.model.name, "eval_set": cfg.eval_set, "precision": precision, **result}
+    if world.is_main:
+        report(record, models)
+        out = Path(cfg.out) if cfg.out else path.with_name(f"{path.name}.{cfg.eval_set}.eval.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, json.dumps(record, indent=1) + "\n")
+        print(f"written to {out}")
+    return record
+
+
+def load_models(cfg: EvalConfig, content: Any, path: Path, device: torch.device) -> dict[str, torch.nn.Module]:
+    """Prefix -> model: the weights, and the moving average where the file holds one."""
+    has_ema = isinstance(content, dict) and isinstance(content.get("ema"), dict)
+    models = {}
+    kinds = {"": "model", "ema_": "ema"} if has_ema else {"": "model"}
+    for prefix, weights in kinds.items():
+        state = find_weights(content, path, weights=weights)
+        m = cfg.model
+        model = create_model(
+            m.name,
+            num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
+            init=m.init,
+            window_padding=m.window_padding,
+            scan_backend=m.scan_backend,
+            **m.architecture,
+        )
+        load_weights(model, state, path)
+        model = model.to(device).eval()
+        models[prefix] = model.to(memory_format=torch.channels_last) if cfg.channels_last else model
+    return models
+
+
+def report(record: dict[str, Any], models: dict[str, torch.nn.Module]) -> None:
+    print(f"{record['checkpoint']}: {record['model']}, {record['images']:,} images of {record['eval_set']}, {record['precision']}")
+    for prefix in models:
+        name = "EMA weights" if prefix else "weights"
+        print(f"  {name:<12} Top-1 {record[f'{prefix}top1']:.3f} %  Top-5 {record[f'{prefix}top5']:.3f} %  loss {record[f'{prefix}loss']:.4f}")
+    print(f"  {record['img_per_sec']:,.0f} img/s")
