@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mambavision.optim.native import native_kernels
+
 
 @torch.no_grad()
 def global_grad_norm(params: Iterable[Tensor]) -> Tensor:
@@ -22,6 +24,9 @@ def global_grad_norm(params: Iterable[Tensor]) -> Tensor:
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         raise RuntimeError("no parameter has a gradient: call loss.backward() before asking for the gradient norm")
+    native = native_kernels(grads)
+    if native is not None:
+        return native.global_norm(grads)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 

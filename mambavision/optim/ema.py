@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mambavision.optim.clip import is_refused
+from mambavision.optim.native import native_kernels
 
 
 class ModelEma:
@@ -65,6 +66,11 @@ def _move(averages: list[Tensor], values: list[Tensor], weight: float, refused: 
     for dtype in {t.dtype for t in averages}:
         mine = [t for t in averages if t.dtype == dtype]
         theirs = [v for t, v in zip(averages, values, strict=True) if t.dtype == dtype]
+        native = native_kernels(mine + theirs)
+        if native is not None:
+            if refused is None or not refused:
+                native.ema_update(mine, theirs, weight)
+            continue
         torch._fused_sgd_(
             mine,
             torch._foreach_sub(mine, theirs),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mambavision.optim.clip import global_grad_norm, gradient_divisor, is_refused
+from mambavision.optim.native import native_kernels
 
 
 class Lamb(Optimizer):
@@ -88,7 +89,8 @@ class Lamb(Optimizer):
         if params:
             grads = [p.grad for p in params]
             states = [self._state_of(p) for p in params]
-            lamb_multi_tensor(
+            update = lamb_multi_tensor if native_kernels(params) is None else lamb_native
+            update(
                 params,
                 grads,
                 [state["exp_avg"] for state in states],
@@ -104,10 +106,46 @@ class Lamb(Optimizer):
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
-        if not state:
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
+            elif state[name].stride() != parameter.stride():  # the model's memory format changed since it was saved
+                state[name] = torch.empty_like(parameter).copy_(state[name])
         return state
+
+
+def lamb_native(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step: Tensor,
+    divisor: Tensor,
+    refused: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`lamb_multi_tensor` in one pass over memory (native/optimizer.cpp), float32 on the CPU."""
+    if refused:
+        return
+    steps = int(step)
+    torch.ops.mambavision.lamb_step(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        gradient_scale=1.0 / float(divisor),
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        correction1=1.0 - betas[0] ** steps,
+        correction2=1.0 - betas[1] ** steps,
+    )
 
 
 def lamb_multi_tensor(
