@@ -45,6 +45,10 @@ def build_train_loader(
             progressive=data.progressive_resolution,
             seed=seed,
         )
+    if data.source == "ffcv":
+        from data.ffcv_loader import FfcvTrainLoader
+
+        return FfcvTrainLoader(data, augment, seed=seed, batches=batches)
     raise ValueError(f"data.source={data.source} is not known; sources are {', '.join(SOURCES)}")
 
 
@@ -63,4 +67,8 @@ def build_eval_loader(
             rank=rank,
             world_size=world_size,
         )
+    if data.source == "ffcv":
+        from data.ffcv_loader import FfcvEvalLoader
+
+        return FfcvEvalLoader(data, batch_size=batch_size, rank=rank, world_size=world_size, split=split)
     raise ValueError(f"data.source={data.source} is not known; sources are {', '.join(SOURCES)}")

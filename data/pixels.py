@@ -30,19 +30,32 @@ def read_image(source: str | bytes) -> Image.Image:
     As in torchvision and timm an EXIF orientation is ignored and transparency dropped; 16-bit images are scaled to 8.
     """
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
-            return Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert(
-                "RGB"
-            )
-        return image.convert("RGB")
+        return _to_rgb(image)
+
+
+def decode(content: bytes) -> tuple[Image.Image, bytes | None]:
+    """The RGB image, and the bytes again where they are a JPEG that every decoder reads (grey or YCbCr), else None."""
+    with Image.open(io.BytesIO(content)) as image:
+        return _to_rgb(image), content if image.format == "JPEG" and image.mode in ("L", "RGB") else None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
+        grey = (np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    return image.convert("RGB")
 
 
 def augmented(image: Image.Image, key: int, plan: AugmentPlan) -> np.ndarray:
     """A training sample, (image_size, image_size, 3) uint8."""
     box = plan.box(key, image.height, image.width)
-    size = (plan.image_size, plan.image_size)
     edges = (box.left, box.top, box.left + box.width, box.top + box.height)
-    image = image.crop(edges).resize(size, RESAMPLE[plan.interpolation(key)])
+    image = image.crop(edges).resize((plan.image_size, plan.image_size), RESAMPLE[plan.interpolation(key)])
+    return np.asarray(finished(image, key, plan))
+
+
+def finished(image: Image.Image, key: int, plan: AugmentPlan) -> Image.Image:
+    """All that comes after crop and resize, on an image of the final size."""
     if plan.config.pad_crop and not plan.config.random_crop:
         image = ImageOps.expand(image, plan.config.pad_crop)
         top, left = plan.pad_offset(key)
@@ -52,7 +65,7 @@ def augmented(image: Image.Image, key: int, plan: AugmentPlan) -> np.ndarray:
     fill = plan.fill if plan.policy != "trivial" else (0, 0, 0)
     for operation in plan.operations(key):
         image = apply(image, operation, fill)
-    return np.asarray(image)
+    return image
 
 
 def apply(image: Image.Image, operation: Operation, fill: tuple[int, int, int]) -> Image.Image:
@@ -61,6 +74,11 @@ def apply(image: Image.Image, operation: Operation, fill: tuple[int, int, int]) 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], resample: dict, fill: tuple[int, int, int]) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=fill, **resample)
+
+
+def _posterize(image: Image.Image, bits: int) -> Image.Image:
+    """ImageOps.posterize, which refuses 0 bits: what RandAugment asks for at full magnitude, a black image."""
+    return image.point([i & (0xFF00 >> bits) & 0xFF for i in range(256)] * 3)
 
 
 def _solarize_add(image: Image.Image, addend: float) -> Image.Image:
@@ -72,7 +90,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, dict, tuple[int, int, int]],
     "autocontrast": lambda image, _, __, ___: ImageOps.autocontrast(image),
     "equalize": lambda image, _, __, ___: ImageOps.equalize(image),
     "invert": lambda image, _, __, ___: ImageOps.invert(image),
-    "posterize": lambda image, bits, _, __: image if bits >= 8 else ImageOps.posterize(image, int(bits)),
+    "posterize": lambda image, bits, _, __: _posterize(image, int(bits)),
     "solarize": lambda image, threshold, _, __: ImageOps.solarize(image, threshold),
     "solarize_add": lambda image, addend, _, __: _solarize_add(image, addend),
     "color": lambda image, factor, _, __: ImageEnhance.Color(image).enhance(factor),

@@ -1,0 +1,197 @@
+"""From a source of images to a .beton with its manifest: encoding in worker processes, one writer, no half files."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data import keyed_random
+from data.beton import JPG, MAX_SIDE, MIN_PAGE_SIZE, RAW, BetonWriter, EncodedImage, open_beton
+from data.datasets import Source
+from data.manifest import Manifest, manifest_path, verify, write_manifest
+from data.pixels import UNREADABLE, decode
+
+WRITE_MODES = ("smart", "jpg", "raw", "proportion", "original")
+SMART_RAW_BYTES = 64 * 1024  # smart: an image of at most so many bytes is stored uncompressed (147 px square)
+LARGE_PAGE_SIZE = 16 << 20  # for images that may be larger than a small page
+CHUNK = 16  # images handed to a worker at a time
+
+
+@dataclass(frozen=True)
+class WriteSettings:
+    max_resolution: int | None = 500  # longer side, px; larger images are reduced (area average)
+    quality: int = 90  # of JPEG, 1 to 100
+    write_mode: str = (
+        "smart"  # jpg | raw | smart (raw when small) | proportion (a share as jpg) | original (bytes kept)
+    )
+    jpg_share: float = 0.5  # with proportion
+
+    def __post_init__(self) -> None:
+        if self.write_mode not in WRITE_MODES:
+            raise ValueError(f"write mode {self.write_mode!r} is not known; modes are {', '.join(WRITE_MODES)}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality {self.quality} has to be from 1 to 100")
+        if self.max_resolution is not None and self.max_resolution < 1:
+            raise ValueError(f"maximum resolution {self.max_resolution} has to be at least 1 px")
+
+    @property
+    def page_size(self) -> int:
+        side = self.max_resolution or MAX_SIDE
+        return MIN_PAGE_SIZE if 3 * side * side <= MIN_PAGE_SIZE else LARGE_PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    reason: str
+
+
+class UnreadableImage(RuntimeError):
+    """An image cannot be read and the policy is to stop."""
+
+
+def encode(content: bytes | np.ndarray, settings: WriteSettings, index: int) -> EncodedImage:
+    """An image as it is stored. Raises one of pixels.UNREADABLE for bytes that are not a whole image."""
+    original = None
+    if isinstance(content, bytes):
+        image, original = decode(content)
+    else:
+        image = Image.fromarray(content)
+    longest = max(image.size)
+    if settings.max_resolution is not None and longest > settings.max_resolution:
+        ratio = settings.max_resolution / longest
+        image = image.resize([max(1, round(side * ratio)) for side in image.size], Image.Resampling.BOX)
+        original = None
+    if max(image.size) > MAX_SIDE:
+        raise ValueError(f"{image.width}x{image.height} px is more than a .beton can say ({MAX_SIDE}); set a maximum")
+    if settings.write_mode == "original" and original is not None:
+        return EncodedImage(JPG, *image.size, original)
+    if _stored_raw(image, settings, index):
+        return EncodedImage(RAW, *image.size, image.tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=settings.quality)
+    return EncodedImage(JPG, *image.size, buffer.getvalue())
+
+
+def _stored_raw(image: Image.Image, settings: WriteSettings, index: int) -> bool:
+    if settings.write_mode == "smart":
+        return 3 * image.width * image.height <= SMART_RAW_BYTES
+    if settings.write_mode == "proportion":
+        return keyed_random.Draws(0, index).uniform(0) >= settings.jpg_share
+    return settings.write_mode == "raw"
+
+
+def already_written(path: Path) -> Manifest | None:
+    """The manifest of a whole file of that name; None where there is nothing. Raises ValueError for a damaged one."""
+    if not path.exists():
+        return None
+    return verify(open_beton(path)) if manifest_path(path).exists() else None
+
+
+def write_beton(
+    source: Source,
+    path: str | Path,
+    settings: WriteSettings,
+    *,
+    num_workers: int,
+    on_unreadable: str = "skip",
+    progress: Callable[[int], None] = lambda images: None,
+) -> Manifest:
+    """Write all images of `source` in its order, and the manifest and names beside them.
+
+    The same input gives the same bytes whatever `num_workers`. Raises UnreadableImage with on_unreadable="stop",
+    RuntimeError when a worker dies, OSError when the disk is full; none of them leaves a file under the final name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = BetonWriter(path, max_samples=len(source.names), page_size=settings.page_size)
+    unreadable: list[dict[str, str]] = []
+    written: list[int] = []
+    try:
+        for index, image in enumerate(_encoded(source, settings, num_workers)):
+            if isinstance(image, EncodedImage):
+                writer.add(image, int(source.labels[index]))
+                written.append(index)
+            else:
+                unreadable.append({"path": source.names[index], "reason": image.reason})
+                if on_unreadable == "stop":
+                    raise UnreadableImage(
+                        f"{source.origin}: {source.names[index]} cannot be read: {image.reason}; "
+                        "repair or remove it, or give --on-unreadable skip"
+                    )
+            progress(1)
+        if not written:
+            raise ValueError(f"{source.origin}: none of its {len(source.names)} images can be read")
+        num_bytes = writer.complete()
+        manifest = Manifest(
+            num_samples=len(written),
+            classes=list(source.classes),
+            class_counts=np.bincount(source.labels[written], minlength=len(source.classes)).tolist(),
+            num_bytes=num_bytes,
+            index_hash=writer.index_hash,
+            data_hash=writer.data_hash.hexdigest(),
+            settings=dataclasses.asdict(settings),
+            source=source.origin,
+            unreadable=unreadable,
+        )
+        write_manifest(path, manifest, [source.names[index] for index in written])
+        writer.publish()
+    except BaseException:  # also Ctrl-C: whatever ends the writing, nothing half-written stays
+        writer.discard()
+        raise
+    return manifest
+
+
+def _encoded(source: Source, settings: WriteSettings, num_workers: int) -> Iterator[EncodedImage | Unreadable]:
+    """Encoded images in order, from a pool whose dead workers are noticed."""
+    chunks = (range(start, min(start + CHUNK, len(source.names))) for start in range(0, len(source.names), CHUNK))
+    start_method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    pool = ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context(start_method),
+        initializer=_start_worker,
+        initargs=(source, settings),
+    )
+    try:
+        pending = deque(pool.submit(_encode_chunk, chunk) for chunk in itertools.islice(chunks, 3 * num_workers))
+        while pending:
+            yield from pending.popleft().result()
+            pending.extend(pool.submit(_encode_chunk, chunk) for chunk in itertools.islice(chunks, 1))
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a worker process died while images were encoded (out of memory, or killed); "
+            "give a smaller --num-workers and start again"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: tuple[Source, WriteSettings]
+
+
+def _start_worker(source: Source, settings: WriteSettings) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _worker = source, settings
+
+
+def _encode_chunk(indices: range) -> list[EncodedImage | Unreadable]:
+    source, settings = _worker
+    images: list[EncodedImage | Unreadable] = []
+    for index in indices:
+        try:
+            images.append(encode(source.read(index), settings, index))
+        except UNREADABLE as error:
+            images.append(Unreadable(f"{type(error).__name__}: {error}"))
+    return images

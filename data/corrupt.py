@@ -1,0 +1,44 @@
+"""Images that cannot be read: counted, named, and too many of them end the run."""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger(__name__)
+
+
+class CorruptImages:
+    """The tally of one rank. `found` maps an unreadable image's name to the reason, `count` counts failed reads."""
+
+    def __init__(self, policy: str, max_fraction: float):
+        if policy not in ("skip", "stop"):
+            raise ValueError(f"data.corrupt_images={policy} is not known; take skip or stop")
+        self.policy = policy
+        self.max_fraction = max_fraction
+        self.found: dict[str, str] = {}
+        self.count = 0
+        self._in_epoch: set[str] = set()
+        self._epoch_samples = 0
+
+    def start_epoch(self, samples: int) -> None:
+        """`samples` of this rank are about to be read; the budget starts anew."""
+        self._in_epoch = set()
+        self._epoch_samples = samples
+
+    def report(self, name: str, reason: str, consequence: str) -> None:
+        """Raises RuntimeError where the policy or the budget says so."""
+        self.count += 1
+        if self.policy == "stop":
+            raise RuntimeError(
+                f"image {name} cannot be read: {reason}; repair it, or pass over it with data.corrupt_images=skip"
+            )
+        if name not in self.found:
+            logger.warning("image %s cannot be read (%s); %s", name, reason, consequence)
+            self.found[name] = reason
+        self._in_epoch.add(name)
+        if len(self._in_epoch) > self.max_fraction * self._epoch_samples:
+            raise RuntimeError(
+                f"{len(self._in_epoch)} of this epoch's {self._epoch_samples} images cannot be read, more than "
+                f"data.max_corrupt_fraction={self.max_fraction} allows; the last: {name}: {reason}. "
+                "Look at the data with scripts/check_data.py, or raise data.max_corrupt_fraction"
+            )
