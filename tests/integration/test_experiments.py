@@ -1,0 +1,55 @@
+"""Every experiment composes and trains: two steps of its own recipe, on synthetic images and a shrunken network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mambavision.compose import compose_train_config, group_choices
+from mambavision.engine.session import run
+from mambavision.telemetry.sinks import read_events
+
+SHRUNK = [
+    "data=synthetic",
+    "data.num_classes=10",
+    "data.image_size=32",
+    "data.synthetic_train_samples=16",
+    "data.synthetic_eval_samples=5",
+    "model.architecture.dim=8",
+    "model.architecture.in_dim=8",
+    "model.architecture.depths=[1,1,2,2]",
+    "model.architecture.num_heads=[1,1,2,2]",
+    "trainer=cpu",
+    "trainer.global_batch_size=8",
+    "trainer.micro_batch_size=4",
+    "trainer.max_steps=2",
+    "trainer.log_every_steps=1",
+    "trainer.threads=1",
+    "logger=jsonl",
+    "logger.console=off",
+]
+
+
+@pytest.mark.parametrize("experiment", group_choices("experiment"))
+def test_experiment_takes_two_steps(experiment: str, tmp_path: Path):
+    # An experiment has the last word over groups, so what is shrunk is given key by key.
+    overrides = [o for o in SHRUNK if o != "trainer=cpu"] + ["trainer.device=cpu"]
+    cfg = compose_train_config([f"experiment={experiment}", *overrides, f"output_dir={tmp_path}", "run_name=x"])
+    status = run(cfg)
+    assert (status["status"], status["step"]) == ("finished", 2)
+    losses = [e["train/loss"] for e in read_events(tmp_path / "x" / "metrics.jsonl") if e["event"] == "train"]
+    assert len(losses) == 2
+    assert all(0 < loss < 10 for loss in losses)
+
+
+def test_mesa_adds_its_loss_after_its_start(tmp_path: Path):
+    base = [*SHRUNK, "trainer.epochs=2", "schedule.warmup_epochs=0", "trainer.max_steps=4", f"output_dir={tmp_path}"]
+    run(compose_train_config([*base, "run_name=plain"]))
+    run(compose_train_config([*base, "run_name=mesa", "trainer.mesa.weight=1.0", "trainer.mesa.start_fraction=0.4"]))
+    plain, mesa = (
+        [e["train/loss"] for e in read_events(tmp_path / name / "metrics.jsonl") if e["event"] == "train"]
+        for name in ("plain", "mesa")
+    )
+    assert plain[:2] == mesa[:2]  # epoch 0 of 2: 0 > 0.4 does not hold
+    assert mesa[2] > plain[2]

@@ -1,0 +1,107 @@
+"""What a user types is either taken as meant or answered with what to type instead."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mambavision import list_models
+from mambavision.compose import CONF_DIR, compose_eval_config, compose_train_config, group_choices
+from mambavision.config import TrainConfig
+from mambavision.config_checks import ConfigError, batch_plan, known_keys
+
+SYNTHETIC = ["data=synthetic"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (["optimizer.lrr=1"], "did you mean optimizer.lr"),
+        (["+optimizer.lrr=1"], "did you mean optimizer.lr"),
+        (["++optimizer.lrr=1"], "did you mean optimizer.lr"),
+        (["lr=1"], "did you mean optimizer.lr"),
+        (["modle=mambavision_t"], "did you mean model="),
+        (["model=mambavision_x"], "did you mean model=mambavision_"),
+        (["optimizer=lam"], "did you mean optimizer=lamb?"),
+        (["experiment=paper/mambavision_bb"], "did you mean experiment=paper/mambavision_b"),
+        (["+nothing=1"], "there is no setting 'nothing'"),
+        (["optimizer"], "settings are written key=value"),
+        ([*SYNTHETIC, "optimizer.lr=fast"], "optimizer.lr='fast' is not a number"),
+        ([*SYNTHETIC, "trainer.epochs=2.5"], "trainer.epochs=2.5 is not a whole number"),
+        ([*SYNTHETIC, "optimizer.betas=[0.9]"], "takes 2 numbers"),
+        ([*SYNTHETIC, "optimizer.lr=-1"], "out of range"),
+        ([*SYNTHETIC, "trainer.precision=bf61"], "did you mean trainer.precision=bf16"),
+        ([*SYNTHETIC, "trainer.ema_decay=0", "trainer.mesa.weight=1"], "set trainer.ema_decay=0.9998"),
+        ([*SYNTHETIC, "trainer.epochs=5"], "schedule.warmup_epochs=20 is longer than trainer.epochs=5"),
+        ([*SYNTHETIC, "trainer.micro_batch_size=127"], "must be even"),
+        ([*SYNTHETIC, "model.checkpoint=/no/such/file"], "/no/such/file does not exist"),
+        (["data=ffcv", "data.path=null"], "needs data.path=DIR"),
+        ([*SYNTHETIC, "data.num_classes=null"], "needs data.num_classes"),
+        ([*SYNTHETIC, "debug=yes"], "type debug=nan"),
+    ],
+)
+def test_slip_is_answered_with_what_to_type(overrides: list[str], advice: str):
+    with pytest.raises(ConfigError) as error:
+        compose_train_config(overrides)
+    assert advice in str(error.value)
+
+
+def test_unknown_key_in_a_config_file_is_named(tmp_path: Path):
+    from mambavision.config_checks import to_config
+
+    with pytest.raises(ConfigError, match=r"'optimizer\.lrr'; did you mean optimizer\.lr"):
+        to_config(TrainConfig, {"optimizer": {"lrr": 0.1}})
+
+
+def test_every_setting_of_the_schema_has_a_place_in_conf():
+    """A field without a line in conf/ could not be overridden from the command line."""
+    from hydra import compose, initialize_config_dir
+
+    from mambavision.run_dir import flatten
+
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        composed = compose("train", overrides=SYNTHETIC)
+    from omegaconf import OmegaConf
+
+    in_conf = set(flatten(OmegaConf.to_container(composed)))
+    leaves = {k for k in known_keys() if not any(o.startswith(f"{k}.") for o in known_keys())}
+    assert leaves == in_conf
+
+
+def test_defaults_of_schema_and_conf_agree():
+    """The dataclasses' defaults are what a library user gets, conf/ is what train.py gets: the same recipe."""
+    cfg = compose_train_config(SYNTHETIC)
+    for group in ("augment", "optimizer", "schedule", "checkpoint", "guard", "watchdog", "resume"):
+        assert getattr(cfg, group) == getattr(TrainConfig(), group), group
+    trainer = dataclasses.replace(cfg.trainer, expected_gpus=None)
+    assert trainer == TrainConfig().trainer
+
+
+def test_every_model_has_a_config_and_every_config_a_model():
+    assert set(group_choices("model")) == set(list_models())
+
+
+@pytest.mark.parametrize("choice", ["mambavision_t", "mambavision_l2_512_21k"])
+def test_evaluation_takes_model_files_without_their_recipe(choice: str):
+    cfg = compose_eval_config([f"model={choice}", "checkpoint=x.pt", "data=synthetic", "data.num_classes=10"])
+    assert cfg.model.name == choice
+    assert cfg.data.image_size == (512 if "512" in choice else 224)
+
+
+def test_free_form_architecture_keys_need_no_plus():
+    cfg = compose_train_config([*SYNTHETIC, "model.architecture.depths=[1,1,2,2]"])
+    assert cfg.model.architecture == {"depths": [1, 1, 2, 2]}
+
+
+@pytest.mark.parametrize(("world", "accum"), [(32, 1), (8, 4), (1, 32)])
+def test_published_global_batch_is_kept_at_any_world_size(world: int, accum: int):
+    assert batch_plan(4096, 128, world).accum_steps == accum
+
+
+def test_batch_that_does_not_divide_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"global_batch_size=100 .* on 3 ranks; nearest: trainer.global_batch_size=384"):
+        batch_plan(100, 128, 3)
+    with pytest.raises(ConfigError, match=r"nearest: trainer.global_batch_size=96, or keep it with trainer.micro_batch_size=10"):
+        batch_plan(100, 16, 2)
