@@ -4,6 +4,7 @@
     python train.py model=mambavision_nano data=ffcv data.path=DIR
     torchrun --nproc_per_node=8 train.py model=mambavision_b data=ffcv data.path=DIR
     torchrun --nproc_per_node=8 train.py -m optimizer.lr=1e-3,5e-3          # a sweep, point after point
+    python train.py --run-dir model=mambavision_nano ...                    # print the run directory, train nothing
 
 Settings are written group=choice or key=value; conf/ holds the groups, mambavision/config.py describes every key.
 """
@@ -13,11 +14,15 @@ from __future__ import annotations
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from mambavision.cluster import points
 from mambavision.compose import CONF_DIR, check_command_line, refuse, typed_train_config
 from mambavision.config import TrainConfig
 from mambavision.config_checks import ConfigError
+from mambavision.run_dir import run_directory
 
 EXIT_CODES = {"finished": 0, "preempted": 75}  # 75: EX_TEMPFAIL, come back later
 
@@ -28,7 +33,7 @@ def job(composed: DictConfig) -> float | None:
     from mambavision.engine.session import run
 
     try:
-        status = run(typed_train_config(composed))
+        status = run(placed(typed_train_config(composed)))
     except ValueError as error:
         refuse(error)
     if status["status"] == "preempted":
@@ -36,8 +41,26 @@ def job(composed: DictConfig) -> float | None:
     return status.get("eval/ema_top1", status.get("eval/top1"))
 
 
+def placed(cfg: TrainConfig) -> TrainConfig:
+    """In a sweep each point has its own directory, also below an explicit run_name."""
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.mode != RunMode.MULTIRUN:
+        return cfg
+    sweeper_keys = list(hydra_cfg.sweeper.get("params") or {})
+    return points.place_in_multirun(cfg, sys.argv[1:], hydra_cfg.overrides.task, sweeper_keys)
+
+
+def print_run_directories(arguments: list[str]) -> None:
+    """One line for each run that this command line describes."""
+    is_sweep, overrides = points.split_multirun(arguments)
+    for point in points.expand(overrides) if is_sweep else [points.single(overrides)]:
+        print(run_directory(point.cfg))
+
+
 def main() -> None:
     try:
+        if "--run-dir" in sys.argv:
+            return print_run_directories([a for a in sys.argv[1:] if a != "--run-dir"])
         sys.argv[1:] = check_command_line(sys.argv[1:], TrainConfig)
     except ConfigError as error:
         refuse(error)

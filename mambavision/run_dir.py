@@ -86,6 +86,10 @@ def run_name(cfg: TrainConfig) -> str:
     return cfg.run_name or f"{cfg.model.name}-{_data_name(cfg)}-{fingerprint(cfg)}"
 
 
+def run_directory(cfg: TrainConfig) -> str:
+    return os.path.join(cfg.output_dir, run_name(cfg))
+
+
 def _data_name(cfg: TrainConfig) -> str:
     return Path(cfg.data.path).name if cfg.data.path else cfg.data.source
 

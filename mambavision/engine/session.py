@@ -21,7 +21,7 @@ from mambavision.engine.checkpoint import Checkpointer
 from mambavision.engine.precision import resolve_precision
 from mambavision.engine.stop import StopNotice
 from mambavision.engine.trainer import Trainer
-from mambavision.run_dir import RunDirectory, check_resume, run_name
+from mambavision.run_dir import RunDirectory, check_resume, fingerprint, run_directory
 from mambavision.telemetry.console import ConsoleSink
 from mambavision.telemetry.sinks import JsonlSink, Telemetry, read_events
 
@@ -33,7 +33,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
         ValueError: something the user can mend; the message says what to type instead.
     """
     world = distributed.init_world(cfg.trainer.device, cfg.watchdog.init_timeout_seconds)
-    run_dir = RunDirectory(Path(distributed.broadcast_object(os.path.join(cfg.output_dir, run_name(cfg)))))
+    run_dir = RunDirectory(Path(agreed_run_directory(cfg)))
     plan = batch_plan(cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size, world.world_size)
     set_threads(cfg.trainer.threads, world)
     precision = resolve_precision(cfg.trainer.precision, world)
@@ -81,6 +81,17 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
             train_loader.close()
             eval_loader.close()
     return end(trainer, run_dir, status, cause=stop.cause if status == "preempted" else None)
+
+
+def agreed_run_directory(cfg: TrainConfig) -> str:
+    """Rank 0's run directory, on every rank. Each rank composes its configuration alone, so that is compared here."""
+    hashes = distributed.gather_objects(fingerprint(cfg))
+    if len(set(hashes)) > 1:
+        raise ValueError(
+            f"the ranks have composed different configurations (hashes by rank: {', '.join(hashes)}): give every node the same "
+            "command and the same conf/, and a sweeper that draws its points a seed, e.g. hydra.sweeper.sampler.seed=0"
+        )
+    return distributed.broadcast_object(run_directory(cfg))
 
 
 def set_threads(threads: int | None, world: World) -> None:
