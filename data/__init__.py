@@ -49,6 +49,10 @@ def build_train_loader(
         from data.ffcv_loader import FfcvTrainLoader
 
         return FfcvTrainLoader(data, augment, seed=seed, batches=batches)
+    if data.source == "folder":
+        from data.folder import FolderTrainLoader
+
+        return FolderTrainLoader(data, augment, seed=seed, batches=batches)
     raise ValueError(f"data.source={data.source} is not known; sources are {', '.join(SOURCES)}")
 
 
@@ -71,4 +75,8 @@ def build_eval_loader(
         from data.ffcv_loader import FfcvEvalLoader
 
         return FfcvEvalLoader(data, batch_size=batch_size, rank=rank, world_size=world_size, split=split)
+    if data.source == "folder":
+        from data.folder import FolderEvalLoader
+
+        return FolderEvalLoader(data, batch_size=batch_size, rank=rank, world_size=world_size, split=split)
     raise ValueError(f"data.source={data.source} is not known; sources are {', '.join(SOURCES)}")

@@ -17,10 +17,9 @@ whole number.
 
 from __future__ import annotations
 
-import logging
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import Empty
 from typing import NamedTuple
 
@@ -38,8 +37,8 @@ from PIL import Image
 from data import keyed_random
 from data.augment import AugmentPlan
 from data.pixels import finished
+from data.stall import StallWatch
 
-logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 
 
@@ -79,9 +78,7 @@ class GuardedIterator(EpochIterator):
 
     def __init__(self, loader: object, order: np.ndarray, *, rank: int, stall_warning: float, timeout: float):
         self.error: BaseException | None = None
-        self.rank = rank
-        self.stall_warning = stall_warning
-        self.timeout = timeout
+        self.start_watch = partial(StallWatch, rank, stall_warning, timeout)
         super().__init__(loader, order)
 
     def run(self) -> None:
@@ -91,24 +88,16 @@ class GuardedIterator(EpochIterator):
             self.error = error
 
     def __next__(self) -> tuple:
-        started, warn_at = time.monotonic(), self.stall_warning
+        watch = self.start_watch()
         while True:
             try:
                 item = self.output_queue.get(timeout=POLL_SECONDS)
                 break
             except Empty:
-                waited = time.monotonic() - started
                 if not self.is_alive() and self.output_queue.empty():
                     cause = f"{type(self.error).__name__}: {self.error}" if self.error else "it ended without a word"
-                    raise RuntimeError(f"the data loader's thread on {self._where()} failed: {cause}") from self.error
-                if waited > self.timeout:
-                    raise TimeoutError(
-                        f"no batch for {waited:.0f} s on {self._where()} (data.timeout_seconds={self.timeout:g}); "
-                        "is the file system there?"
-                    ) from None
-                if waited > warn_at:
-                    logger.warning("waiting for data since %.0f s on %s", waited, self._where())
-                    warn_at *= 2
+                    raise RuntimeError(f"the data loader's thread of {watch.where} failed: {cause}") from self.error
+                watch.check()
         if item is None:
             self.close()
             raise StopIteration
@@ -116,9 +105,6 @@ class GuardedIterator(EpochIterator):
         if IS_CUDA:
             self.current_stream.wait_stream(self.cuda_streams[slot])
         return result
-
-    def _where(self) -> str:
-        return f"rank {self.rank} ({socket.gethostname()})"
 
     def close(self) -> None:
         """End the thread: it may be waiting for room in its queue, also for its last word."""

@@ -1,0 +1,284 @@
+"""Loaders over class folders of image files: torch's DataLoader with worker processes, Pillow, keyed augmentation.
+
+A worker is handed (epoch, sample, image size) and keeps no state, so that any number of workers makes the same batches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data import keyed_random
+from data.augment import AugmentPlan
+from data.batch import Batch, workers_per_rank
+from data.corrupt import CorruptImages
+from data.datasets import FolderSource, find_split, list_folder
+from data.order import EpochPlan, eval_indices, resolution_at
+from data.pixels import UNREADABLE, EvalPlan, augmented, center_cropped, read_image
+from data.stall import StallWatch
+from mambavision.config import AugmentConfig, DataConfig
+
+POLL_SECONDS = 5.0  # how long a dead worker may go unnoticed
+PR_SET_PDEATHSIG = 1
+
+
+class Task(NamedTuple):
+    """One sample to make; `image_size` and `epoch` matter in training only."""
+
+    sample: int
+    epoch: int = 0
+    image_size: int = 0
+
+
+class Made(NamedTuple):
+    """One sample made. `image` is None where nothing readable was found; `failures` are (image, reason)."""
+
+    image: np.ndarray | None
+    target: int
+    sample: int
+    failures: tuple[tuple[int, str], ...]
+
+
+class MadeBatch(NamedTuple):
+    images: torch.Tensor  # (B, S, S, 3) uint8
+    targets: torch.Tensor
+    samples: torch.Tensor
+    failures: list[tuple[int, str]]
+
+
+class TrainImages(Dataset):
+    """Augmented samples. An unreadable image is replaced by the next one of the folder, whatever the run was before."""
+
+    def __init__(self, source: FolderSource, data: DataConfig, augment: AugmentConfig, seed: int):
+        self.source = source
+        self.skip = data.corrupt_images == "skip"
+        self.seed = seed
+        sizes = {resolution_at(epoch, data.image_size, data.progressive_resolution) for epoch in _ramp(data)}
+        self.plans = {
+            size: AugmentPlan.create(augment, image_size=size, seed=seed, mean=data.mean) for size in sorted(sizes)
+        }
+
+    def __getitem__(self, task: Task) -> Made:
+        key = keyed_random.sample_key(self.seed, task.epoch, task.sample)
+        count = len(self.source.names)
+        failures: list[tuple[int, str]] = []
+        for step in range(count if self.skip else 1):
+            image = (task.sample + step) % count
+            try:
+                content = read_image(str(self.source.path(image)))
+            except UNREADABLE as error:
+                failures.append((image, f"{type(error).__name__}: {error}"))
+                continue
+            pixels = augmented(content, key, self.plans[task.image_size])
+            return Made(pixels, int(self.source.labels[image]), task.sample, tuple(failures))
+        return Made(None, -1, task.sample, tuple(failures))
+
+
+def _ramp(data: DataConfig) -> range:
+    """Epochs after which the image size stays."""
+    return range(data.progressive_resolution[3] + 1) if len(data.progressive_resolution) == 4 else range(1)
+
+
+class EvalImages(Dataset):
+    def __init__(self, source: FolderSource, data: DataConfig):
+        self.source = source
+        self.plan = EvalPlan.create(data)
+
+    def __getitem__(self, task: Task) -> Made:
+        try:
+            content = read_image(str(self.source.path(task.sample)))
+        except UNREADABLE as error:
+            return Made(None, -1, task.sample, ((task.sample, f"{type(error).__name__}: {error}"),))
+        return Made(center_cropped(content, self.plan), int(self.source.labels[task.sample]), task.sample, ())
+
+
+def collate(samples: list[Made]) -> MadeBatch:
+    readable = [made for made in samples if made.image is not None]
+    return MadeBatch(
+        images=torch.from_numpy(np.stack([made.image for made in readable])) if readable else torch.empty(0),
+        targets=torch.tensor([made.target for made in readable], dtype=torch.int64),
+        samples=torch.tensor([made.sample for made in readable], dtype=torch.int64),
+        failures=[failure for made in samples for failure in made.failures],
+    )
+
+
+class WorkerSetup:
+    """What a worker process does first: outlive signals meant for the run, not the run itself."""
+
+    def __init__(self) -> None:
+        # The death signal follows the thread that forks: only the main thread lives as long as its process.
+        self.dies_with_parent = threading.current_thread() is threading.main_thread() and sys.platform == "linux"
+
+    def __call__(self, worker: int) -> None:
+        # SLURM and Ctrl-C signal every process; stopping is the trainer's decision, at a step boundary.
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        torch.set_num_threads(1)
+        if self.dies_with_parent:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class BatchSampler:
+    """The tasks of the batches to come, set anew for each pass."""
+
+    def __init__(self) -> None:
+        self.batches: Sequence[np.ndarray] = ()  # sample numbers of each batch
+        self.epoch = 0
+        self.image_size = 0
+
+    def __iter__(self) -> Iterator[list[Task]]:
+        for samples in self.batches:
+            yield [Task(sample, self.epoch, self.image_size) for sample in samples.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Workers:
+    """A persistent DataLoader that is given its batches, reports stalls and names the failures."""
+
+    def __init__(
+        self, dataset: Dataset, data: DataConfig, *, source: FolderSource, rank: int, context: str | None = None
+    ):
+        self.source = source
+        self.start_watch = partial(StallWatch, rank, data.stall_warning_seconds, data.timeout_seconds)
+        self.sampler = BatchSampler()
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=self.sampler,
+            num_workers=workers_per_rank(data.num_workers),
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            timeout=POLL_SECONDS,
+            worker_init_fn=WorkerSetup(),
+            persistent_workers=True,
+            prefetch_factor=4,
+            multiprocessing_context=context,
+        )
+
+    def run(
+        self,
+        batches: Sequence[np.ndarray],
+        corrupt: CorruptImages,
+        consequence: str,
+        *,
+        epoch: int = 0,
+        image_size: int = 0,
+    ) -> Iterator[MadeBatch]:
+        self.sampler.batches, self.sampler.epoch, self.sampler.image_size = batches, epoch, image_size
+        iterator = iter(self.loader)
+        for _ in batches:
+            made = self._next(iterator)
+            for image, reason in made.failures:
+                corrupt.report(str(self.source.path(image)), reason, consequence)
+            yield made
+
+    def _next(self, iterator: Iterator[MadeBatch]) -> MadeBatch:
+        watch = self.start_watch()
+        while True:
+            try:
+                return next(iterator)
+            except RuntimeError as error:
+                # torch says both in a RuntimeError: that nothing came in time, and that a worker is dead.
+                if "timed out" not in str(error):
+                    raise RuntimeError(f"a data worker of {watch.where} failed: {error}") from error
+                watch.check()
+
+    def close(self) -> None:
+        iterator, self.loader._iterator = self.loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+
+class FolderTrainLoader:
+    def __init__(self, data: DataConfig, augment: AugmentConfig, *, seed: int, batches: dict[str, int]):
+        self.data, self.seed = data, seed
+        source = _source(data, "train")
+        self.plan = EpochPlan(len(source.names), **batches)
+        self.num_samples = self.plan.num_samples
+        self.num_classes = len(source.classes)
+        self.steps_per_epoch = self.plan.steps_per_epoch
+        self.fingerprint = _fingerprint(source)
+        self.corrupt = CorruptImages(data.corrupt_images, data.max_corrupt_fraction)
+        self.workers = Workers(TrainImages(source, data, augment, seed), data, source=source, rank=self.plan.rank)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This rank's micro-batches from `first_step` on."""
+        size = resolution_at(epoch, self.data.image_size, self.data.progressive_resolution)
+        order = self.plan.rank_order(self.seed, epoch, first_step)
+        self.corrupt.start_epoch(len(order))
+        made_batches = self.workers.run(
+            order.reshape(-1, self.plan.micro_batch_size),
+            self.corrupt,
+            "the next readable image takes its place",
+            epoch=epoch,
+            image_size=size,
+        )
+        for made in made_batches:
+            if len(made.targets) < self.plan.micro_batch_size:
+                raise RuntimeError(f"no image of {self.workers.source.root} can be read")
+            yield Batch(made.images.permute(0, 3, 1, 2), made.targets, made.samples)
+
+    def close(self) -> None:
+        self.workers.close()
+
+
+class FolderEvalLoader:
+    """This rank's share, each sample once; unreadable ones are left out, named and counted."""
+
+    def __init__(self, data: DataConfig, *, batch_size: int, rank: int, world_size: int, split: str):
+        source = _source(data, split)
+        self.batch_size = batch_size
+        self.num_samples = len(source.names)
+        self.num_classes = len(source.classes)
+        self.fingerprint = _fingerprint(source)
+        self.indices = eval_indices(self.num_samples, rank, world_size)
+        self.corrupt = CorruptImages(data.corrupt_images, data.max_corrupt_fraction)
+        self.workers = Workers(EvalImages(source, data), data, source=source, rank=rank)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.corrupt.start_epoch(len(self.indices))
+        starts = range(0, len(self.indices), self.batch_size)
+        batches = [self.indices[start : start + self.batch_size] for start in starts]
+        for made in self.workers.run(batches, self.corrupt, "it is left out of the evaluation"):
+            if len(made.targets):
+                yield Batch(made.images.permute(0, 3, 1, 2), made.targets, made.samples)
+
+    def close(self) -> None:
+        self.workers.close()
+
+
+def _source(data: DataConfig, split: str) -> FolderSource:
+    """A split's images, numbered by the training set's classes where it is there."""
+    if data.path is None:
+        raise ValueError("data.source=folder needs data.path: a directory with train/ and val/ (or test/)")
+    directory = find_split(data.path, split)
+    classes = None
+    if split != "train" and (directory.parent / "train").is_dir():
+        classes = sorted(entry.name for entry in os.scandir(directory.parent / "train") if entry.is_dir())
+        classes = [name for name in classes if not name.startswith(".")]
+    source = list_folder(directory, classes=classes)
+    if data.num_classes is not None and data.num_classes != len(source.classes):
+        raise ValueError(
+            f"data.num_classes={data.num_classes}, but {directory} has {len(source.classes)} class folders; "
+            "leave data.num_classes out to take the folders"
+        )
+    return source
+
+
+def _fingerprint(source: FolderSource) -> str:
+    """Names and labels; not the pixels, which would have to be read."""
+    digest = hashlib.sha256("\n".join(source.names).encode())
+    digest.update(source.labels.tobytes())
+    return digest.hexdigest()[:16]
