@@ -1,8 +1,9 @@
-"""Compiles our Triton kernels for a GPU that need not be there, and reads what they need: registers, stack, shared memory.
+"""Compiles our Triton kernels for a GPU that need not be there, and reads what they need of it.
 
     python -m mambavision.ops.triton_compile [--json FILE]
 
-A stack is where registers are spilled to. The sizes are those that the network's own shapes lead to (N = 8).
+Registers a thread, stack bytes a thread (where registers are spilled to), shared memory bytes a program. The sizes are
+those that the network's own shapes lead to (N = 8).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mambavision.ops import triton_conv as conv
+from mambavision.ops import triton_scan_chunks as chunks
 from mambavision.ops import triton_scan_kernels as scan
 from mambavision.ops.triton_scan import CHECKPOINT_EVERY, TILE
 
@@ -52,8 +55,11 @@ for _chunked in (False, True):
 for _reverse in (False, True):
     _direction = "backward" if _reverse else "forward"
     _constants = _BACKWARD_TILE | {"REVERSE": _reverse}
-    _add(f"scan chunk summary, {_direction}", scan.chunk_summary_kernel, _SCAN_TILE | _constants)
-    _add(f"scan chunk carry, {_direction}", scan.chunk_carry_kernel, {"STATES": 8} | _constants)
+    _add(f"scan chunk summary, {_direction}", chunks.chunk_summary_kernel, _SCAN_TILE | _constants)
+    _add(f"scan chunk carry, {_direction}", chunks.chunk_carry_kernel, {"STATES": 8} | _constants)
+
+for _kernel, _direction in ((conv.conv_forward_kernel, "forward"), (conv.conv_backward_kernel, "backward")):
+    _add(f"conv + SiLU {_direction}", _kernel, {"TOKENS": conv.TOKENS, "CHANNELS": conv.CHANNELS})
 
 
 class Usage(NamedTuple):
@@ -65,7 +71,7 @@ class Usage(NamedTuple):
 
 
 def compile_ahead(name: str, architecture: int, dtype: str) -> Usage:
-    """Compiles the variant for compute capability architecture (80 = A100, 90 = H100), data in dtype (bf16, fp16, fp32)."""
+    """Compiles the variant for a compute capability (80 = A100, 90 = H100), data in dtype (bf16, fp16, fp32)."""
     kernel, constants, float32_pointers = VARIANTS[name]
     signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):
@@ -78,7 +84,11 @@ def compile_ahead(name: str, architecture: int, dtype: str) -> Usage:
         if is_pointer or argument.startswith("stride") or argument == "channels":
             attributes[(position,)] = [["tt.divisibility", 16]]  # what the launcher finds for the network's tensors
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 1})
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": conv.WARPS if name.startswith("conv") else 1},
+    )
     return _read_usage(compiled.asm["cubin"], compiled.metadata.shared)
 
 
@@ -108,9 +118,7 @@ def main() -> None:
             for dtype in DTYPES:
                 usage = compile_ahead(name, architecture, dtype)
                 rows.append({"name": name, "architecture": f"sm_{architecture}", "dtype": dtype, **usage._asdict()})
-                print(
-                    f"{name:36} sm_{architecture} {dtype:5} {usage.registers:9} {usage.stack_bytes:8} {usage.shared_bytes:8}"
-                )
+                print(f"{name:36} sm_{architecture} {dtype:5}", "{:9} {:8} {:8}".format(*usage))
     if arguments.json:
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "results": rows}, indent=1))
 

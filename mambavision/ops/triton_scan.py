@@ -1,10 +1,9 @@
 """The selective scan on CUDA through our own Triton kernels: tile sizes, launches, and the custom op with its rules.
 
-The kernels are in triton_scan_kernels.py; why they are shaped as they are, with the counts, is in docs/performance.md.
-Short sequences fill the chip through their number: every (window, block of channels) is a program of one warp, and where
-there are more programs than the chip holds at once, one program takes several windows in turn. Long sequences of few
-windows are cut into chunks that are scanned at the same time (three passes: what each chunk does to a state, the state
-that enters each chunk, the outputs).
+The kernels are in triton_scan_kernels.py and, for long sequences, triton_scan_chunks.py; why they are shaped as they
+are, with the counts, is in docs/performance.md. Short sequences fill the chip through their number: every (window,
+block of channels) is a program of one warp, and where there are more programs than the chip holds at once, one program
+takes several windows in turn. Long sequences of few windows are cut into chunks that are scanned at the same time.
 """
 
 from __future__ import annotations
@@ -17,16 +16,19 @@ import torch
 import triton
 from torch import Tensor
 
+from mambavision.ops import triton_scan_chunks as chunk_kernels
 from mambavision.ops import triton_scan_kernels as kernels
 
-# Tokens loaded together, and tokens between two saved states. 4 and 8 keep the backward at 165 registers without a spill,
-# so that 12 warps share a multiprocessor; the saved states cost as much memory as u in float32.
+# Tokens loaded together, and tokens between two saved states. 4 and 8 keep the backward at 167 registers without a
+# spill, so that 12 warps share a multiprocessor; the saved states take as much memory as u in float32.
 TILE = 4
 CHECKPOINT_EVERY = 8
 MINIMUM_CHUNK_TOKENS = 256
-# A multiprocessor issues from 4 schedulers, and holds 12 of our warps at 165 registers a thread.
+# A multiprocessor issues from 4 schedulers, and holds 12 of our warps at 167 registers a thread.
 SCHEDULERS = 4
 RESIDENT_PROGRAMS = 12
+# Triton decides at import, by TRITON_INTERPRET, whether kernels are compiled for a GPU or interpreted on any device.
+_INTERPRETED = not isinstance(kernels.forward_kernel, triton.JITFunction)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,11 +53,11 @@ def scan_triton(
 ) -> Tensor:
     """The scan of `reference.scan_reference`, same shapes, forward and backward in one kernel each.
 
-    u, delta (b, L, d) and B, C (b, L, n) in float32, bfloat16 or float16, each in its own dtype, rows and tokens at any
-    stride; n a power of two. The state, the sums and the gradients of A, D and delta_bias are float32. Bitwise repeatable
-    on one device. Cannot be differentiated twice.
+    u, delta (b, L, d) and B, C (b, L, n) in float32, bfloat16 or float16, each in its own dtype, rows and tokens at
+    any stride; n a power of two. The state, the sums and the gradients of A, D and delta_bias are float32. Bitwise
+    repeatable on one device. Cannot be differentiated twice.
     """
-    if u.device.type != "cuda" and not _interpreted():
+    if u.device.type != "cuda" and not _INTERPRETED:
         raise ValueError(
             f"the Triton scan runs on CUDA tensors, this one is on {u.device}; use scan_backend=auto "
             "(or TRITON_INTERPRET=1 in the environment, to check the kernels on a CPU)"
@@ -85,7 +87,7 @@ def scan_triton(
 
 
 def plan_forward(rows: int, tokens: int, channels: int, states: int, multiprocessors: int) -> Plan:
-    """Whole channels in a thread (no shuffles) where that makes a warp for each scheduler, else fewer states a thread."""
+    """Whole channels in a thread (no shuffles) where that gives each scheduler a warp, else fewer states a thread."""
     for states_per_thread in (8, 4, 2):
         width = _floor_to_channels(32 * states_per_thread // states, channels, at_most=32)
         if rows * triton.cdiv(channels, width) >= SCHEDULERS * multiprocessors:
@@ -193,7 +195,7 @@ def _backward_fake(dy, u, delta, A, B, C, D, delta_bias, checkpoints):
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    *tensors, keep_states = inputs
+    *tensors, _keep_states = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -227,11 +229,13 @@ def _chunk_carry(
     chunk_states = A.new_empty(rows, plan.chunks, channels, states)
     chunk_dt = A.new_empty(rows, plan.chunks, channels)
     shape = dict(STATES=states, GROUPS=plan.groups, WIDTH=plan.width, REVERSE=reverse, num_warps=1)
-    kernels.chunk_summary_kernel[(plan.channel_blocks, rows, plan.chunks)](
+    chunk_kernels.chunk_summary_kernel[(plan.channel_blocks, rows, plan.chunks)](
         drive, delta, A, delta_bias, mix, chunk_states, chunk_dt, tokens, channels, plan.chunk_tokens,
         *(t.stride(i) for t in (drive, delta, mix) for i in (0, 1)), TILE=TILE, **shape,
     )  # fmt: skip
-    kernels.chunk_carry_kernel[(plan.channel_blocks, rows)](chunk_states, chunk_dt, A, plan.chunks, channels, **shape)
+    chunk_kernels.chunk_carry_kernel[(plan.channel_blocks, rows)](
+        chunk_states, chunk_dt, A, plan.chunks, channels, **shape
+    )
     return chunk_states
 
 
@@ -257,7 +261,3 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _interpreted() -> bool:
-    return triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False

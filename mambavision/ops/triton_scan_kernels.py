@@ -4,16 +4,16 @@
 
 (Gu and Dao 2023, "Mamba", eq. 2 and 4, with the simplified discretisation of B), the state h in float32.
 
-One program is one warp, and walks over the tokens of a window in order with `GROUPS x WIDTH` channels x STATES states in
-registers: windows are short and many, so rows x channels fill the chip, and a parallel scan over time would only do the
-multiplications twice. Tokens come in tiles of TILE: the loads of a tile are issued together, the exponentials of a tile
-are independent, and only one fused multiply-add a token hangs on the one before.
+One program is one warp, and walks over the tokens of a window in order with `GROUPS x WIDTH` channels x STATES states
+in registers: windows are short and many, so rows x channels fill the chip, and a parallel scan over time would only do
+the multiplications twice. Tokens come in tiles of TILE: the loads of a tile are issued together, the exponentials of a
+tile are independent, and only one fused multiply-add a token hangs on the one before.
 
 Shapes inside a program: time x channel values are (TILE, GROUPS, WIDTH), states (GROUPS, STATES, WIDTH), a tile of
-states (TILE, GROUPS, STATES, WIDTH). Triton deals the threads of the warp to the last axes first: WIDTH = 32 gives every
-thread all states of a channel (the sum over states needs no shuffle), WIDTH = 8 a quarter of the states of GROUPS channels
-(few shuffles for the sums over channels that dB and dC need). TILE and GROUPS always lie in registers, which is what
-makes `_take` and `_put` free.
+states (TILE, GROUPS, STATES, WIDTH). Triton deals the threads of the warp to the last axes first: WIDTH = 32 gives
+every thread all states of a channel (the sum over states needs no shuffle), WIDTH = 8 a quarter of the states of GROUPS
+channels (few shuffles for the sums over channels that dB and dC need). TILE and GROUPS always lie in registers, which
+is what makes `take` and `put` free. Values do not depend on that layout, only speed does.
 """
 
 import triton
@@ -24,7 +24,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _softplus_and_slope(x):
+def softplus_and_slope(x):
     """log(1 + exp(x)) and its derivative, to 2e-7 relative for every x: no cancellation for small results.
 
     log1p(z) / z on [0, 1] is a polynomial of degree 8 (least maximum relative error, 3e-8), because the accurate
@@ -44,7 +44,7 @@ def _softplus_and_slope(x):
 
 
 @triton.jit
-def _take(tile, index: tl.constexpr, TILE: tl.constexpr):
+def take(tile, index: tl.constexpr, TILE: tl.constexpr):
     """tile[index] of a tile whose first axis lies in registers. On bits, so that the sum with zeros folds away."""
     is_it = tl.arange(0, TILE)[:, None, None, None] == index
     bits = tl.where(is_it, tile.to(tl.int32, bitcast=True), 0)
@@ -52,24 +52,24 @@ def _take(tile, index: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _put(tile, index: tl.constexpr, value, TILE: tl.constexpr):
+def put(tile, index: tl.constexpr, value, TILE: tl.constexpr):
     return tl.where(tl.arange(0, TILE)[:, None, None, None] == index, value[None], tile)
 
 
 @triton.jit
-def _channels(GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+def channels_of_program(GROUPS: tl.constexpr, WIDTH: tl.constexpr):
     first = tl.program_id(0) * (GROUPS * WIDTH)
     return first + tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # (GROUPS, WIDTH)
 
 
 @triton.jit
-def _load_time_channel(pointer, token, stride, channel, mask):
+def load_time_channel(pointer, token, stride, channel, mask):
     """(TILE, GROUPS, WIDTH) of a (tokens, channels) matrix in float32; 0 where masked."""
     return tl.load(pointer + token[:, None, None] * stride + channel[None], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_time_state(pointer, token, stride, length, STATES: tl.constexpr):
+def load_time_state(pointer, token, stride, length, STATES: tl.constexpr):
     """(TILE, 1, STATES, 1) of a (tokens, states) matrix in float32; 0 past the end."""
     state = tl.arange(0, STATES)
     offset = token[:, None] * stride + state[None, :]
@@ -78,10 +78,10 @@ def _load_time_state(pointer, token, stride, length, STATES: tl.constexpr):
 
 
 @triton.jit
-def _advance(h, decay, drive, TILE: tl.constexpr):
+def advance(h, decay, drive, TILE: tl.constexpr):
     """State after the TILE tokens of (TILE, GROUPS, STATES, WIDTH) decays and drives."""
     for i in tl.static_range(TILE):
-        h = _take(decay, i, TILE) * h + _take(drive, i, TILE)
+        h = take(decay, i, TILE) * h + take(drive, i, TILE)
     return h
 
 
@@ -94,12 +94,12 @@ def forward_kernel(
     STATES: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr, SAVE: tl.constexpr, CHUNKED: tl.constexpr,
 ):  # fmt: skip
-    """y, and with SAVE the state before tokens CHECKPOINT_EVERY, 2 CHECKPOINT_EVERY, ... (row, checkpoint, channel, state).
+    """y, and with SAVE the state before tokens K, 2 K, ..., K = CHECKPOINT_EVERY, (row, checkpoint, channel, state).
 
     Grid: (channel blocks, groups of rows_per_program rows, chunks). CHUNKED: the state a chunk starts from is read from
     chunk_state_ptr (row, chunk, channel, state).
     """
-    channel = _channels(GROUPS, WIDTH)
+    channel = channels_of_program(GROUPS, WIDTH)
     channel_ok = channel < channels
     state_offset = channel[:, None, :] * STATES + tl.arange(0, STATES)[None, :, None]
     state_ok = channel_ok[:, None, :]
@@ -125,29 +125,29 @@ def forward_kernel(
         # hide the way to memory.
         token = first_token + tl.arange(0, TILE)
         mask = (token < end_token)[:, None, None] & channel_ok[None]
-        u = _load_time_channel(u_row, token, stride_u_token, channel, mask)
-        raw = _load_time_channel(delta_row, token, stride_delta_token, channel, mask)
-        b = _load_time_state(b_row, token, stride_b_token, end_token, STATES)
-        c = _load_time_state(c_row, token, stride_c_token, end_token, STATES)
+        u = load_time_channel(u_row, token, stride_u_token, channel, mask)
+        raw = load_time_channel(delta_row, token, stride_delta_token, channel, mask)
+        b = load_time_state(b_row, token, stride_b_token, end_token, STATES)
+        c = load_time_state(c_row, token, stride_c_token, end_token, STATES)
         for tile_start in range(first_token, end_token, TILE):
             next_token = tile_start + TILE + tl.arange(0, TILE)
             next_mask = (next_token < end_token)[:, None, None] & channel_ok[None]
-            next_u = _load_time_channel(u_row, next_token, stride_u_token, channel, next_mask)
-            next_raw = _load_time_channel(delta_row, next_token, stride_delta_token, channel, next_mask)
-            next_b = _load_time_state(b_row, next_token, stride_b_token, end_token, STATES)
-            next_c = _load_time_state(c_row, next_token, stride_c_token, end_token, STATES)
+            next_u = load_time_channel(u_row, next_token, stride_u_token, channel, next_mask)
+            next_raw = load_time_channel(delta_row, next_token, stride_delta_token, channel, next_mask)
+            next_b = load_time_state(b_row, next_token, stride_b_token, end_token, STATES)
+            next_c = load_time_state(c_row, next_token, stride_c_token, end_token, STATES)
 
             if SAVE and tile_start % CHECKPOINT_EVERY == 0 and tile_start > 0:
                 index = row * checkpoints + tile_start // CHECKPOINT_EVERY - 1
                 tl.store(checkpoint_ptr + index * channels * STATES + state_offset, h, mask=state_ok)
 
-            dt, _ = _softplus_and_slope(raw + bias[None])
+            dt, _ = softplus_and_slope(raw + bias[None])
             decay = tl.exp2(dt[:, :, None, :] * a[None])
             drive = (dt * u)[:, :, None, :] * b
             h_tile = drive
             for i in tl.static_range(TILE):
-                h = _take(decay, i, TILE) * h + _take(drive, i, TILE)
-                h_tile = _put(h_tile, i, h, TILE)
+                h = take(decay, i, TILE) * h + take(drive, i, TILE)
+                h_tile = put(h_tile, i, h, TILE)
             y = tl.sum(h_tile * c, 2) + u * skip[None]
             y_offset = (tile_start + tl.arange(0, TILE))[:, None, None] * stride_y_token + channel[None]
             tl.store(y_ptr + row * stride_y_row + y_offset, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -164,17 +164,17 @@ def backward_kernel(
     STATES: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr, CHUNKED: tl.constexpr,
 ):  # fmt: skip
-    """du, ddelta (contiguous) and the partial sums of dB, dC (over this program's channels), dA, dD, dbias (over its tokens).
+    """du, ddelta (contiguous), and partial sums: dB, dC over this program's channels, dA, dD, dbias over its tokens.
 
     Walks each row backwards from checkpoint to checkpoint: runs the states forward again to the start of every tile
     (in registers), then each tile forward and backward. The partial sums go to buffers of their own per program, which
     the caller adds up: no atomics, so the result does not depend on the order in which programs run.
 
     Grid as the forward's. db_dc_ptr: (2, channel block, row, token, state). channel_sum_ptr: (row group x chunk,
-    STATES + 2, channel): dA, then dD, then dbias. chunk_adjoint_ptr: as chunk_state_ptr, from the tokens after the chunk.
+    STATES + 2, channel): dA, then dD, then dbias. chunk_adjoint_ptr: what comes from the tokens after the chunk.
     """
     TILES: tl.constexpr = CHECKPOINT_EVERY // TILE
-    channel = _channels(GROUPS, WIDTH)
+    channel = channels_of_program(GROUPS, WIDTH)
     channel_ok = channel < channels
     state = tl.arange(0, STATES)
     state_offset = channel[:, None, :] * STATES + state[None, :, None]
@@ -212,45 +212,45 @@ def backward_kernel(
             )  # fmt: skip
             starts = tl.zeros([TILES, GROUPS, STATES, WIDTH], tl.float32)
             for i in tl.static_range(TILES):
-                starts = _put(starts, i, h, TILES)
+                starts = put(starts, i, h, TILES)
                 if i < TILES - 1:
                     token = segment_start + i * TILE + tl.arange(0, TILE)
                     mask = (token < end_token)[:, None, None] & channel_ok[None]
-                    u = _load_time_channel(u_row, token, stride_u_token, channel, mask)
-                    raw = _load_time_channel(delta_row, token, stride_delta_token, channel, mask)
-                    b = _load_time_state(b_row, token, stride_b_token, end_token, STATES)
-                    dt, _ = _softplus_and_slope(raw + bias[None])
-                    h = _advance(h, tl.exp2(dt[:, :, None, :] * a[None]), (dt * u)[:, :, None, :] * b, TILE)
+                    u = load_time_channel(u_row, token, stride_u_token, channel, mask)
+                    raw = load_time_channel(delta_row, token, stride_delta_token, channel, mask)
+                    b = load_time_state(b_row, token, stride_b_token, end_token, STATES)
+                    dt, _ = softplus_and_slope(raw + bias[None])
+                    h = advance(h, tl.exp2(dt[:, :, None, :] * a[None]), (dt * u)[:, :, None, :] * b, TILE)
 
             for tile_back in range(0, TILES):
                 tile_index = TILES - 1 - tile_back
                 token = segment_start + tile_index * TILE + tl.arange(0, TILE)
                 mask = (token < end_token)[:, None, None] & channel_ok[None]
-                dy = _load_time_channel(dy_ptr + row * stride_dy_row, token, stride_dy_token, channel, mask)
-                u = _load_time_channel(u_row, token, stride_u_token, channel, mask)
-                raw = _load_time_channel(delta_row, token, stride_delta_token, channel, mask)
-                b = _load_time_state(b_row, token, stride_b_token, end_token, STATES)
-                c = _load_time_state(c_row, token, stride_c_token, end_token, STATES)
-                dt, slope = _softplus_and_slope(raw + bias[None])
+                dy = load_time_channel(dy_ptr + row * stride_dy_row, token, stride_dy_token, channel, mask)
+                u = load_time_channel(u_row, token, stride_u_token, channel, mask)
+                raw = load_time_channel(delta_row, token, stride_delta_token, channel, mask)
+                b = load_time_state(b_row, token, stride_b_token, end_token, STATES)
+                c = load_time_state(c_row, token, stride_c_token, end_token, STATES)
+                dt, slope = softplus_and_slope(raw + bias[None])
                 # Past the end nothing may decay: dt = 0 there lets the adjoint through unchanged.
                 dt = tl.where(mask, dt, 0.0)
                 x = dt * u
                 decay = tl.exp2(dt[:, :, None, :] * a[None])
                 drive = x[:, :, None, :] * b
-                h = _take(starts, 0, TILES)
+                h = take(starts, 0, TILES)
                 for i in tl.static_range(1, TILES):
-                    h = tl.where(tile_index == i, _take(starts, i, TILES), h)
+                    h = tl.where(tile_index == i, take(starts, i, TILES), h)
                 kept = drive  # exp(dt A) h_{t-1}
                 for i in tl.static_range(TILE):
-                    kept_i = _take(decay, i, TILE) * h
-                    kept = _put(kept, i, kept_i, TILE)
-                    h = kept_i + _take(drive, i, TILE)
+                    kept_i = take(decay, i, TILE) * h
+                    kept = put(kept, i, kept_i, TILE)
+                    h = kept_i + take(drive, i, TILE)
                 pull = dy[:, :, None, :] * c
                 adjoint = pull  # dloss / dh_t
                 for i in tl.static_range(TILE - 1, -1, -1):
-                    adjoint_i = _take(pull, i, TILE) + g
-                    adjoint = _put(adjoint, i, adjoint_i, TILE)
-                    g = _take(decay, i, TILE) * adjoint_i
+                    adjoint_i = take(pull, i, TILE) + g
+                    adjoint = put(adjoint, i, adjoint_i, TILE)
+                    g = take(decay, i, TILE) * adjoint_i
 
                 time_state = token[:, None] * STATES + state[None, :]
                 in_time = (token < end_token)[:, None]
@@ -274,74 +274,3 @@ def backward_kernel(
     tl.store(sums + state[None, :, None] * channels + channel[:, None, :], da, mask=state_ok)
     tl.store(sums + STATES * channels + channel, dd, mask=channel_ok)
     tl.store(sums + (STATES + 1) * channels + channel, dbias, mask=channel_ok)
-
-
-@triton.jit
-def chunk_summary_kernel(
-    drive_ptr, delta_ptr, a_ptr, bias_ptr, mix_ptr, chunk_end_ptr, chunk_dt_ptr,
-    length, channels, chunk_length,
-    stride_drive_row, stride_drive_token, stride_delta_row, stride_delta_token, stride_mix_row, stride_mix_token,
-    STATES: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """What a chunk of a long sequence does to the state that enters it: (row, chunk, channel, state) and sum of dt.
-
-    h_end = exp(A sum dt) h_begin + summary. Forward: drive = u, mix = B. REVERSE, for the adjoint that enters from
-    behind: drive = dy, mix = C. Grid: (channel blocks, rows, chunks).
-    """
-    channel = _channels(GROUPS, WIDTH)
-    channel_ok = channel < channels
-    state_offset = channel[:, None, :] * STATES + tl.arange(0, STATES)[None, :, None]
-    a = tl.load(a_ptr + state_offset, mask=channel_ok[:, None, :], other=0.0) * LOG2_E
-    bias = tl.load(bias_ptr + channel, mask=channel_ok, other=0.0)
-    row = tl.program_id(1).to(tl.int64)
-    first_token = tl.program_id(2) * chunk_length
-    end_token = tl.minimum(first_token + chunk_length, length)
-    tiles = tl.cdiv(end_token - first_token, TILE)
-    h = tl.zeros([GROUPS, STATES, WIDTH], tl.float32)
-    dt_sum = tl.zeros([GROUPS, WIDTH], tl.float32)
-    for step in range(0, tiles):
-        tile = step
-        if REVERSE:
-            tile = tiles - 1 - step
-        token = first_token + tile * TILE + tl.arange(0, TILE)
-        mask = (token < end_token)[:, None, None] & channel_ok[None]
-        drive = _load_time_channel(drive_ptr + row * stride_drive_row, token, stride_drive_token, channel, mask)
-        raw = _load_time_channel(delta_ptr + row * stride_delta_row, token, stride_delta_token, channel, mask)
-        mix = _load_time_state(mix_ptr + row * stride_mix_row, token, stride_mix_token, end_token, STATES)
-        dt, _ = _softplus_and_slope(raw + bias[None])
-        dt = tl.where(mask, dt, 0.0)
-        dt_sum += tl.sum(dt, 0)
-        decay = tl.exp2(dt[:, :, None, :] * a[None])
-        if REVERSE:
-            pull = drive[:, :, None, :] * mix
-            for i in tl.static_range(TILE - 1, -1, -1):
-                h = _take(decay, i, TILE) * (_take(pull, i, TILE) + h)
-        else:
-            h = _advance(h, decay, (dt * drive)[:, :, None, :] * mix, TILE)
-    chunk = row * tl.num_programs(2) + tl.program_id(2)
-    tl.store(chunk_end_ptr + chunk * channels * STATES + state_offset, h, mask=channel_ok[:, None, :])
-    tl.store(chunk_dt_ptr + chunk * channels + channel, dt_sum, mask=channel_ok)
-
-
-@triton.jit
-def chunk_carry_kernel(
-    chunk_state_ptr, chunk_dt_ptr, a_ptr, chunks, channels,
-    STATES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """Replaces, in place, each chunk's summary by the state that enters the chunk. Grid: (channel blocks, rows)."""
-    channel = _channels(GROUPS, WIDTH)
-    channel_ok = channel < channels
-    state_offset = channel[:, None, :] * STATES + tl.arange(0, STATES)[None, :, None]
-    state_ok = channel_ok[:, None, :]
-    a = tl.load(a_ptr + state_offset, mask=state_ok, other=0.0) * LOG2_E
-    carry = tl.zeros([GROUPS, STATES, WIDTH], tl.float32)
-    for step in range(0, chunks):
-        chunk = step
-        if REVERSE:
-            chunk = chunks - 1 - step
-        index = tl.program_id(1).to(tl.int64) * chunks + chunk
-        place = chunk_state_ptr + index * channels * STATES + state_offset
-        summary = tl.load(place, mask=state_ok, other=0.0)
-        dt_sum = tl.load(chunk_dt_ptr + index * channels + channel, mask=channel_ok, other=0.0)
-        tl.store(place, carry, mask=state_ok)
-        carry = tl.exp2(dt_sum[:, None, :] * a) * carry + summary

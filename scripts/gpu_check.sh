@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under 8 minutes: the GPU tests, then every scripts/bench_*.py (the throughput benchmark
+# with the paper's protocol: batch 128, channels last, fp16). Writes one JSON: {"machine", "tests", "benchmarks": {name: ...}}.
+#
+#   scripts/gpu_check.sh [gpu_check.json]
+#
+# Exit code 0: all passed. A benchmark that fails or overruns its share of the time is named in the JSON and fails the check.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out="${1:-gpu_check.json}"
+limit_seconds="${GPU_CHECK_SECONDS:-470}"
+python="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}"
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_check: no CUDA device (torch.cuda.is_available() is False). On a SLURM cluster: srun --gres=gpu:1 $0" >&2
+    exit 2
+fi
+
+parts="$(mktemp -d)"
+trap 'rm -rf "$parts"' EXIT
+deadline=$((SECONDS + limit_seconds))
+left() { echo $((deadline - SECONDS > 5 ? deadline - SECONDS : 5)); }
+
+timeout "$(left)" "$python" -m pytest tests/gpu -q --junit-xml "$parts/tests.xml"
+echo $? > "$parts/tests.code"
+
+# The options of a benchmark where its defaults are not the protocol; no associative arrays for bash 3.
+options() {
+    case "$1" in
+        bench_step) echo "--batch 128 --dtype float16 --modes infer,train" ;;
+        *) echo "" ;;
+    esac
+}
+benchmarks=(scripts/bench_*.py)
+remaining=${#benchmarks[@]}
+for script in "${benchmarks[@]}"; do
+    [ -e "$script" ] || continue
+    name="$(basename "$script" .py)"
+    share=$(($(left) / remaining))
+    remaining=$((remaining - 1))
+    echo "== $name (up to $share s)"
+    # shellcheck disable=SC2046
+    timeout "$share" "$python" "$script" $(options "$name") --json "$parts/$name.json"
+    echo $? > "$parts/$name.code"
+done
+
+"$python" - "$parts" "$out" <<'PYTHON'
+import json, sys, xml.etree.ElementTree as xml
+from pathlib import Path
+
+import torch
+
+parts, out = Path(sys.argv[1]), Path(sys.argv[2])
+properties = torch.cuda.get_device_properties(0)
+report = {
+    "machine": {
+        "device": properties.name, "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory, "torch": torch.__version__, "cuda": torch.version.cuda,
+    },
+    "tests": {"exit_code": int((parts / "tests.code").read_text())},
+    "benchmarks": {},
+}
+if (parts / "tests.xml").exists():
+    suite = next(xml.parse(parts / "tests.xml").getroot().iter("testsuite"))
+    report["tests"] |= {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
+for code in sorted(parts.glob("bench_*.code")):
+    result, exit_code = code.with_suffix(".json"), int(code.read_text())
+    report["benchmarks"][code.stem] = {
+        "exit_code": exit_code,
+        **({"cause": "ran out of its share of the time"} if exit_code == 124 else {}),
+        **(json.loads(result.read_text()) if result.exists() else {}),
+    }
+out.write_text(json.dumps(report, indent=1) + "\n")
+failed = [name for name, part in {"tests": report["tests"], **report["benchmarks"]}.items() if part["exit_code"]]
+print(f"gpu_check: {'failed: ' + ', '.join(failed) if failed else 'all passed'}; report in {out}")
+sys.exit(bool(failed))
+PYTHON
