@@ -66,13 +66,11 @@ VARIANTS: dict[str, Variant] = {
     "mambavision_l3_256_21k": Variant(**_L3, window_size=(16, 8), image_size=256, published_top1=87.3),
     "mambavision_l3_512_21k": Variant(**_L3, **_AT_512, published_top1=88.1),
     "mambavision_nano": Variant(
-        depths=(1, 1, 4, 2),
-        dim=24,
-        in_dim=16,
-        num_heads=(1, 2, 3, 6),
-        window_size=(8, 4),
-        drop_path=0.0,
-        stem_stride=2,
-        image_size=32,
+        **{"depths": (2, 2, 2, 1), "dim": 32, "in_dim": 32, "num_heads": (1, 2, 2, 4), "window_size": (4, 2)},
+        **{"stem_stride": 2, "drop_path": 0.0, "image_size": 32, "params": 1_872_456},
+    ),
+    "mambavision_micro": Variant(
+        **{"depths": (2, 2, 4, 2), "dim": 48, "in_dim": 32, "num_heads": (1, 2, 3, 6), "window_size": (8, 4)},
+        **{"stem_stride": 2, "drop_path": 0.1, "image_size": 64, "params": 6_597_032},
     ),
 }

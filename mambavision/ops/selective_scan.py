@@ -20,6 +20,7 @@ from mambavision.ops.reference import scan_reference
 BACKENDS = ("auto", "cpu", "triton", "mamba_ssm", "reference")
 ENVIRONMENT_OVERRIDE = "MAMBAVISION_SCAN_BACKEND"
 _ALIASES = {"cuda": "mamba_ssm"}
+_MAMBA_SSM = ("mamba_ssm", "selective_scan_cuda")  # the package and its compiled kernels
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "mamba_ssm": "cuda"}
 
@@ -122,12 +123,12 @@ def choose_backend(device: str, dtype: torch.dtype, backend: str = "auto") -> st
             "scan backend 'cpu' was asked for by name but its native code could not be built (the warning above says "
             "why); install a C++ compiler (apt install g++) or use scan_backend=auto, which then falls back"
         )
-    if asked == "mamba_ssm" and not _mamba_ssm_available():
+    if asked == "mamba_ssm" and not _is_installed(*_MAMBA_SSM):
         raise RuntimeError(
             "scan backend 'mamba_ssm' needs the package: pip install --no-build-isolation -r requirements-gpu.txt; "
             "or use scan_backend=triton"
         )
-    if asked == "triton" and not _triton_available():
+    if asked == "triton" and not _is_installed("triton"):
         raise RuntimeError("scan backend 'triton' needs the package: pip install triton; or use scan_backend=mamba_ssm")
     return asked
 
@@ -144,9 +145,9 @@ def _automatic(device: str, dtype: torch.dtype) -> str:
 @cache
 def _automatic_cuda() -> str:
     """Of the CUDA backends: ours where Triton is there, else mamba_ssm."""
-    if _triton_available():
+    if _is_installed("triton"):
         return "triton"
-    if _mamba_ssm_available():
+    if _is_installed(*_MAMBA_SSM):
         return "mamba_ssm"
     raise RuntimeError(
         "a selective scan on a CUDA tensor needs Triton (pip install triton; it comes with PyTorch's CUDA wheels on "
@@ -163,14 +164,9 @@ def _cpu_available() -> bool:
     return load_native() is not None
 
 
-@cache
-def _triton_available() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def _mamba_ssm_available() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("mamba_ssm", "selective_scan_cuda"))
+def _is_installed(*packages: str) -> bool:
+    """Whether the packages could be imported; imports none of them."""
+    return all(importlib.util.find_spec(package) for package in packages)
 
 
 @cache

@@ -1,0 +1,306 @@
+"""The model zoo: names, sizes, options, and equality with recorded figures of the published network."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from mambavision import VARIANTS, create_model, list_models
+from mambavision.models.blocks import add_branch, cut_windows, join_windows, window_grid
+from mambavision.models.pretrained import load_weights
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MICRO = {"dim": 16, "in_dim": 8, "depths": (1, 1, 3, 2), "num_heads": (1, 1, 2, 4), "window_size": (8, 8, 4, 2)}
+PUBLISHED_PARAMS = {
+    "mambavision_t": (31_794_248, 252),
+    "mambavision_t2": (35_104_008, 298),
+    "mambavision_s": (50_140_584, 285),
+    "mambavision_b": (97_685_288, 356),
+    "mambavision_b_21k": (97_685_288, 356),
+    "mambavision_l": (227_961_048, 356),
+    "mambavision_l_21k": (227_961_048, 356),
+    "mambavision_l2": (241_554_824, 389),
+    "mambavision_l2_512_21k": (241_554_824, 389),
+    "mambavision_l3_256_21k": (739_570_472, 601),
+    "mambavision_l3_512_21k": (739_570_472, 601),
+}
+
+
+def micro(**overrides):
+    torch.manual_seed(0)
+    return create_model("mambavision_t", num_classes=10, **{**MICRO, "drop_path": 0.0, **overrides})
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PARAMS)
+def test_parameter_counts_are_the_published_ones_to_the_unit(name):
+    with torch.device("meta"):
+        model = create_model(name)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert (parameters, len(model.state_dict())) == PUBLISHED_PARAMS[name]
+    assert VARIANTS[name].params == parameters
+
+
+def test_counts_of_our_small_variants_are_the_stated_ones():
+    for name in set(list_models()) - set(PUBLISHED_PARAMS):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in create_model(name).parameters()) == VARIANTS[name].params
+
+
+@pytest.fixture(params=[("micro_64", None), ("micro_ls_72x104", 1e-5)], ids=["whole_windows", "padded_layer_scale"])
+def golden(request):
+    name, layer_scale = request.param
+    figures = torch.load(GOLDEN / f"{name}.pt", weights_only=True)
+    model = micro(layer_scale=layer_scale)
+    load_weights(model, figures["state_dict"])
+    return model, figures
+
+
+def test_evaluation_equals_the_published_network_in_maps_logits_and_gradients(golden):
+    model, figures = golden
+    model.eval()
+    maps = model.forward_features(figures["input"])
+    stem, *stages = figures["features"]
+    torch.testing.assert_close(model.patch_embed(figures["input"]), stem, rtol=1e-5, atol=1e-6)
+    for level, features, expected in zip(model.levels, maps, stages, strict=True):
+        assert relative(level.downsample(features), expected) < 1e-5
+    logits = model.forward_head(maps)
+    assert relative(logits, figures["logits_eval"]) < 1e-5
+    F.cross_entropy(logits, figures["target"]).backward()
+    assert {name for name, _ in model.named_parameters()} == set(figures["grads_eval"])
+    for name, parameter in model.named_parameters():
+        expected = figures["grads_eval"][name]
+        found = parameter.grad if expected.shape == parameter.shape else parameter.grad.norm()
+        assert relative(found, expected) < 1e-5, name
+
+
+def test_training_equals_the_published_network_in_logits_and_gradient_norms(golden):
+    model, figures = golden
+    model.train()
+    logits = model(figures["input"])
+    assert relative(logits, figures["logits_train"]) < 1e-5
+    F.cross_entropy(logits, figures["target"]).backward()
+    # Biases in front of a batch normalisation have no gradient but rounding: they are compared with the largest one.
+    floor = 1e-7 * max(figures["grad_norms_train"].values())
+    for name, parameter in model.named_parameters():
+        expected = figures["grad_norms_train"][name]
+        assert abs(parameter.grad.norm() - expected) <= 1e-5 * abs(expected) + floor, name
+
+
+def test_channels_last_input_and_weights_change_nothing(golden):
+    model, figures = golden
+    model.eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        logits = model(figures["input"].to(memory_format=torch.channels_last))
+    assert relative(logits, figures["logits_eval"]) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (96, 64), (1, 1), (5, 200)])
+@pytest.mark.parametrize("padding", ["published", "tight"])
+def test_any_input_size_gives_logits_and_maps_at_the_four_strides(size, padding):
+    model = micro(window_padding=padding).eval()
+    with torch.no_grad():
+        x = torch.randn(2, 3, *size)
+        assert model(x).shape == (2, 10)
+        height, width = (-(-side // 4) for side in size)
+        for stage, features in enumerate(model.forward_features(x)):
+            assert features.shape == (2, 16 * 2**stage, height, width)
+            height, width = -(-height // 2), -(-width // 2)
+
+
+def test_tight_windows_equal_the_published_ones_where_no_padding_is_needed():
+    model = micro().eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        published = model(x)
+        for level in model.levels:
+            level.window_padding = "tight"
+        torch.testing.assert_close(model(x), published)
+
+
+def test_a_map_smaller_than_its_window_is_padded_as_published_and_not_when_tight():
+    assert window_grid(10, 6, 14, "published") == (1, 1, 14, 14)
+    assert window_grid(10, 6, 14, "tight") == (1, 1, 10, 6)
+    assert window_grid(21, 14, 14, "tight") == (2, 1, 11, 14)
+    assert window_grid(50, 84, 112, "tight") == (1, 1, 50, 84)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (3, 3), (16, 4)])
+@pytest.mark.parametrize("padding", ["published", "tight"])
+def test_windows_joined_again_give_the_map(size, padding):
+    x = torch.randn(2, 5, *size)
+    grid = window_grid(*size, 4, padding)
+    tokens = cut_windows(x, grid)
+    assert tokens.shape == (2 * grid[0] * grid[1], grid[2] * grid[3], 5)
+    torch.testing.assert_close(join_windows(tokens, grid, *size), x, rtol=0, atol=0)
+
+
+def test_a_single_window_of_a_channels_last_map_is_cut_and_joined_without_a_copy():
+    x = torch.randn(2, 5, 4, 4).to(memory_format=torch.channels_last)
+    grid = window_grid(4, 4, 4, "published")
+    tokens = cut_windows(x, grid)
+    assert tokens.data_ptr() == x.data_ptr() == join_windows(tokens, grid, 4, 4).data_ptr()
+
+
+def test_drop_path_keeps_the_mean_and_drops_whole_rows_by_the_seed():
+    x, branch = torch.zeros(4000, 2, 3), torch.ones(4000, 2, 3)
+    torch.manual_seed(1)
+    dropped = add_branch(x, branch, None, 0.25)
+    torch.manual_seed(1)
+    torch.testing.assert_close(add_branch(x, branch, None, 0.25), dropped, rtol=0, atol=0)
+    rows = dropped.flatten(1)
+    assert ((rows == 0).all(1) | (rows == 1 / 0.75).all(1)).all()
+    assert abs(dropped.mean() - 1) < 0.03
+    gamma = torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(add_branch(x, branch, gamma, 0.0), x + gamma * branch)
+
+
+def test_stochastic_depth_rises_linearly_over_all_blocks_of_all_stages():
+    model = create_model("mambavision_t", **MICRO, drop_path=0.6)
+    rates = [block.drop_path for level in model.levels for block in level.blocks]
+    torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.6, 7))
+
+
+def test_mixers_come_first_and_the_pattern_can_be_said_otherwise():
+    def pattern(model):
+        return ["".join("M" if hasattr(b.mixer, "in_proj") else "S" for b in lv.blocks) for lv in model.levels[2:]]
+
+    assert pattern(micro()) == ["MMS", "MS"]
+    assert pattern(micro(stage_pattern="SMS")) == ["SMS", "MS"]
+    assert pattern(micro(stage_pattern="SMM/SM")) == ["SMM", "SM"]
+    assert pattern(micro(stage_pattern=["S", "S"])) == ["SSS", "SS"]
+
+
+@pytest.mark.parametrize("mixer", ["concat", "gate", "no_z_conv", "causal_no_z_conv", "no_ssm"])
+def test_every_mixer_of_the_ablation_trains(mixer):
+    model = micro(mixer=mixer).train()
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+    assert any("A_log" in name for name, _ in model.named_parameters()) == (mixer != "no_ssm")
+
+
+def test_a_causal_mixer_does_not_see_later_tokens_and_the_published_one_does():
+    for mixer, sees in (("causal_no_z_conv", False), ("concat", True)):
+        layer = micro(mixer=mixer).levels[2].blocks[0].mixer
+        tokens = torch.randn(1, 9, 64)
+        later = tokens.clone()
+        later[:, 5:] += 1
+        with torch.no_grad():
+            assert torch.equal(layer(tokens)[:, :5], layer(later)[:, :5]) != sees
+
+
+def test_initialisation_published_starts_the_step_at_ln2_and_mamba_in_its_range():
+    def first_steps(init):
+        layer = micro(init=init).levels[2].blocks[0].mixer
+        return layer.dt_proj.weight.std().item(), F.softplus(2 * layer.dt_proj.bias)
+
+    std, steps = first_steps("published")
+    assert abs(std - 0.02) < 0.004 and torch.all(steps == F.softplus(torch.tensor(0.0)))
+    std, steps = first_steps("mamba")
+    assert std > 0.1 and steps.min() > 0.99e-3 and steps.max() < 0.101
+
+
+def test_layer_scales_start_where_they_are_told_and_exist_only_then():
+    scaled = micro(layer_scale=1e-3, layer_scale_conv=0.5)
+    gammas = {name: p for name, p in scaled.named_parameters() if "gamma" in name}
+    assert len(gammas) == 2 * 5 + 2
+    assert all(torch.all(p == (1e-3 if "gamma_" in name else 0.5)) for name, p in gammas.items())
+    assert not any("gamma" in name for name, _ in micro().named_parameters())
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, x = micro().train(), torch.randn(2, 3, 64, 64)
+    model(x).square().sum().backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, plain[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "mambavision_x"}, r"'mambavision_x' does not exist \(nearest: 'mambavision_"),
+        ({"depht": (1, 1, 1, 1)}, r"'depht' does not exist \(nearest: 'depths'\)"),
+        ({"mixer": "gated"}, "mixer 'gated' does not exist; choose one of concat, gate"),
+        ({"window_padding": "none"}, "choose one of published, tight"),
+        ({"stem_stride": 3}, "choose one of 4, 2, 1"),
+        ({"depths": (1, 2, 3)}, "four numbers of blocks"),
+        ({"depths": "1238"}, "must be a list of whole numbers"),
+        ({"num_heads": (8, 7)}, "640 channels wide, which 7 heads do not divide; nearest: 8"),
+        ({"stage_pattern": "MMSS"}, "stage 3 has 8 blocks and wants 8 letters.*MMMMSSSS"),
+        ({"stage_pattern": "MMMMSSSX"}, "wants 8 letters, M .mixer. or S"),
+        ({"drop_path": 1.0}, "0 <= drop_path < 1"),
+        ({"scan_backend": "numba"}, "choose one of auto, cpu, triton, mamba_ssm"),
+    ],
+)
+def test_a_slip_in_a_name_or_value_is_answered_with_what_to_type(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(**{"name": "mambavision_t", **arguments})
+
+
+def test_list_models_filters_by_shell_pattern():
+    assert "mambavision_nano" in list_models()
+    assert list_models("*_512_21k") == ["mambavision_l2_512_21k", "mambavision_l3_512_21k"]
+
+
+def test_timm_builds_the_same_models_by_the_same_names():
+    model = timm.create_model("mambavision_nano", num_classes=10, in_chans=1, drop_path_rate=0.3)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+    assert model.levels[3].blocks[-1].drop_path == pytest.approx(0.3)
+    assert set(list_models()) <= set(timm.list_models("mambavision*"))
+    config = timm.data.resolve_model_data_config(timm.create_model("mambavision_s", depths=(0, 0, 1, 1), dim=8))
+    assert (config["crop_pct"], config["interpolation"]) == (0.93, "bicubic")
+    with pytest.raises(ValueError, match="nearest: 'depths'"):
+        timm.create_model("mambavision_t", depht=(1, 1, 1, 1))
+
+
+def test_timm_features_only_gives_the_four_maps():
+    model = timm.create_model("mambavision_nano", features_only=True, out_indices=(1, 3))
+    stride, widths = VARIANTS["mambavision_nano"].stem_stride, model.feature_info.channels()
+    assert model.feature_info.reduction() == [2 * stride, 8 * stride]
+    maps = model(torch.randn(1, 3, 64, 64))
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (width, 64 // reduction, 64 // reduction) for width, reduction in zip(widths, model.feature_info.reduction())
+    ]
+
+
+def test_reset_classifier_gives_a_fresh_head_or_none():
+    model = micro().eval()
+    model.reset_classifier(3)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    model.reset_classifier(0)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["concat", "gate"])
+def test_the_whole_training_step_compiles_without_a_graph_break_and_equals_eager(mixer):
+    model, x = micro(mixer=mixer, layer_scale=0.5, drop_path=0.0).train(), torch.randn(4, 3, 64, 64)
+    target = torch.arange(4)
+    gradients = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = F.cross_entropy(run(x).float(), target)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative(gradients[1], gradients[0]) < 0.05
+
+
+@pytest.mark.slow
+def test_the_compiled_forward_equals_eager_to_rounding_at_another_size_too():
+    model = micro().eval()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        for size in (64, 72):
+            x = torch.randn(2, 3, size, size)
+            assert relative(compiled(x), model(x)) < 1e-5

@@ -1,0 +1,141 @@
+"""Weights from files: what loads, what is refused, and what the refusal says."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from mambavision import create_model
+from mambavision.models.pretrained import load_weights
+
+SHAPE = {"dim": 8, "in_dim": 8, "depths": (1, 1, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": (4, 2)}
+
+
+def build(**keywords):
+    return create_model("mambavision_t", **{"num_classes": 5, **SHAPE, **keywords})
+
+
+@pytest.fixture
+def source():
+    torch.manual_seed(1)
+    return build()
+
+
+def assert_same_weights(model, state):
+    own = model.state_dict()
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[name], state[name]) for name in own)
+
+
+def save(directory: Path, content) -> Path:
+    path = directory / "weights.pth.tar"
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "encoder.", "model.", "module.encoder."])
+@pytest.mark.parametrize("nesting", [None, "state_dict", "model"])
+def test_every_nesting_and_prefix_loads_with_no_key_left_over(tmp_path, source, nesting, prefix):
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    path = save(tmp_path, state if nesting is None else {nesting: state, "epoch": 3})
+    assert_same_weights(build(checkpoint=path), source.state_dict())
+
+
+def test_a_published_file_with_its_command_line_beside_the_weights_loads(tmp_path, source):
+    arguments = argparse.Namespace(lr=0.005, opt="lamb", lists=[1, 2], nothing=None)
+    path = save(
+        tmp_path, {"state_dict": source.state_dict(), "args": arguments, "optimizer": {"state": {}}, "epoch": 309}
+    )
+    assert_same_weights(build(checkpoint=path), source.state_dict())
+
+
+def test_our_own_checkpoint_gives_raw_weights_or_the_moving_average(tmp_path, source):
+    average = {name: value + 1 for name, value in source.state_dict().items()}
+    path = save(tmp_path, {"model": source.state_dict(), "ema": average, "optimizer": {}, "progress": {"step": 3}})
+    assert_same_weights(build(checkpoint=path), source.state_dict())
+    assert_same_weights(build(checkpoint=path, weights="ema"), average)
+    with pytest.raises(ValueError, match="no moving average under 'ema'; use weights='model'"):
+        build(checkpoint=save(tmp_path, {"model": source.state_dict()}), weights="ema")
+
+
+def test_safetensors_load(tmp_path, source):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    save_file({f"model.{name}": value.contiguous() for name, value in source.state_dict().items()}, path)
+    assert_same_weights(build(checkpoint=path), source.state_dict())
+
+
+def test_timm_loads_the_same_file(tmp_path, source):
+    path = save(tmp_path, {"state_dict": source.state_dict()})
+    assert_same_weights(
+        timm.create_model("mambavision_t", num_classes=5, checkpoint_path=str(path), **SHAPE), source.state_dict()
+    )
+
+
+class Intruder:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_a_file_that_would_run_code_is_refused_and_not_run(tmp_path, source, capsys):
+    path = save(tmp_path, {"state_dict": source.state_dict(), "args": Intruder()})
+    with pytest.raises(ValueError, match=r"not loaded because that could run code.*re-save"):
+        build(checkpoint=path)
+    assert "must never run" not in capsys.readouterr().out
+
+
+def test_a_wrong_head_size_is_an_error_that_names_both_ways_out(tmp_path, source):
+    path = save(tmp_path, {"state_dict": source.state_dict()})
+    with pytest.raises(ValueError, match=r"has 5 classes, the model 7; pass num_classes=5, or replace_head=True"):
+        build(checkpoint=path, num_classes=7)
+    model = build(checkpoint=path, num_classes=7, replace_head=True)
+    assert model.head.weight.shape == (7, 64) and model.head.weight.std() > 0
+    assert torch.equal(model.norm.weight, source.norm.weight)
+    assert torch.equal(model.levels[3].blocks[0].mixer.A_log, source.levels[3].blocks[0].mixer.A_log)
+
+
+def test_weights_of_another_network_are_listed_and_the_right_one_is_named(tmp_path, source):
+    path = save(tmp_path, {"state_dict": source.state_dict()})
+    with pytest.raises(ValueError) as refused:
+        build(checkpoint=path, depths=(1, 1, 3, 2), layer_scale=1e-5)
+    text = str(refused.value)
+    assert "missing in the file" in text and "levels.2.blocks.0.gamma_1" in text and "... and" in text
+    assert "depths (1, 1, 2, 2) and dim 8" in text and "layer_scale=None" in text
+    with pytest.raises(ValueError, match=r"of another shape:[\s\S]*conv_down.0.weight is \(8, 3, 3, 3\) in the file"):
+        build(checkpoint=path, in_dim=16)
+
+
+def test_a_missing_key_is_an_error_and_nothing_is_half_loaded(source):
+    state = source.state_dict()
+    del state["norm.running_var"]
+    state["stray"] = torch.zeros(1)
+    model = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"1 missing in the file:\s+norm.running_var\s+1 not in the model:\s+stray"):
+        load_weights(model, state)
+    assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 3}, "no tensors"),
+        ([1, 2], "holds a list, not a dict"),
+        ({"fc.weight": torch.zeros(2, 2)}, "has no head, the model 5"),
+    ],
+)
+def test_a_file_without_our_weights_says_so(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        build(checkpoint=save(tmp_path, content))
+
+
+def test_absent_and_cut_files_are_told_apart(tmp_path, source):
+    with pytest.raises(ValueError, match="does not exist"):
+        build(checkpoint=tmp_path / "nowhere.pt")
+    path = save(tmp_path, source.state_dict())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"cannot be read .* cut short"):
+        build(checkpoint=path)
