@@ -5,12 +5,14 @@ A worker is handed (epoch, sample, image size) and keeps no state, so that any n
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -166,6 +168,7 @@ class Workers:
             prefetch_factor=4,
             multiprocessing_context=context,
         )
+        _open.add(self)
 
     def run(
         self,
@@ -199,6 +202,16 @@ class Workers:
         iterator, self.loader._iterator = self.loader._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()
+
+
+_open: weakref.WeakSet[Workers] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing's own exit, which sends its daemons SIGTERM and waits: ours ignore it."""
+    for workers in list(_open):
+        workers.close()
 
 
 class FolderTrainLoader:
