@@ -2,8 +2,8 @@
 
     python -m mambavision.ops.triton_compile [--json FILE]
 
-Registers a thread, stack bytes a thread (where registers are spilled to), shared memory bytes a program. The sizes are
-those that the network's own shapes lead to (N = 8).
+Registers a thread, stack bytes a thread (where registers are spilled to), shared memory bytes a program, instructions
+in the inner loop. The sizes are those that the network's own shapes lead to (N = 8).
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ _SCAN_TILE = {"STATES": 8, "TILE": TILE}
 _FORWARD = _SCAN_TILE | {"CHECKPOINT_EVERY": CHECKPOINT_EVERY, "GROUPS": 1}
 _BACKWARD_TILE = {"GROUPS": 2, "WIDTH": 8}
 
-# name -> (kernel, constants, pointers whose dtype is not the data's)
-VARIANTS: dict[str, tuple[triton.JITFunction, dict[str, int | bool], tuple[str, ...]]] = {}
+# Pointers that are float32 whatever the data's dtype: parameters, states, sums.
+_FLOAT32 = {
+    "a_ptr", "d_ptr", "bias_ptr", "weight_ptr", "checkpoint_ptr", "chunk_state_ptr",
+    "chunk_adjoint_ptr", "chunk_end_ptr", "chunk_begin_ptr", "chunk_dt_ptr",
+    "db_dc_ptr", "channel_sum_ptr", "weight_sum_ptr",
+}  # fmt: skip
+
+VARIANTS: dict[str, tuple[triton.JITFunction, dict[str, int | bool]]] = {}  # name -> kernel and its constants
 
 
 def _add(name: str, kernel: triton.JITFunction, constants: dict[str, int | bool]) -> None:
-    float32 = {"a_ptr", "d_ptr", "bias_ptr", "checkpoint_ptr", "chunk_state_ptr", "chunk_adjoint_ptr", "db_dc_ptr",
-               "channel_sum_ptr", "chunk_end_ptr", "chunk_dt_ptr", "weight_ptr", "weight_sum_ptr"}  # fmt: skip
-    VARIANTS[name] = (kernel, constants, tuple(float32))
+    VARIANTS[name] = (kernel, constants)
 
 
 for _width in (32, 16, 8):
@@ -68,18 +72,19 @@ class Usage(NamedTuple):
     registers: int  # a thread; 65 536 a multiprocessor, 255 at most
     stack_bytes: int  # a thread, in (slow) local memory: 0 means nothing is spilled
     shared_bytes: int  # a program
+    loop_instructions: int  # in the innermost loop that evaluates an exponential; 0 without such a loop
 
 
 def compile_ahead(name: str, architecture: int, dtype: str) -> Usage:
     """Compiles the variant for a compute capability (80 = A100, 90 = H100), data in dtype (bf16, fp16, fp32)."""
-    kernel, constants, float32_pointers = VARIANTS[name]
+    kernel, constants = VARIANTS[name]
     signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
             continue
         is_pointer = argument.endswith("_ptr")
-        pointee = "fp32" if argument in float32_pointers else dtype
+        pointee = "fp32" if argument in _FLOAT32 else dtype
         signature[argument] = f"*{pointee}" if is_pointer else "i32"
         if is_pointer or argument.startswith("stride") or argument == "channels":
             attributes[(position,)] = [["tt.divisibility", 16]]  # what the launcher finds for the network's tensors
@@ -103,8 +108,22 @@ def _read_usage(cubin: bytes, shared_bytes: int) -> Usage:
         file.flush()
         command = [str(cuobjdump()), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run([command[0], "-sass", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", text).group(1)) for word in ("REG", "STACK"))
-    return Usage(registers, stack, shared_bytes)
+    return Usage(registers, stack, shared_bytes, _count_inner_loop(listing))
+
+
+def _count_inner_loop(listing: str) -> int:
+    """A loop is what lies between a backward branch and its target."""
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", listing)]
+    sizes = []
+    for end, text in instructions:
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if branch and (begin := int(branch.group(1), 16)) < end:
+            body = [text for at, text in instructions if begin <= at <= end]
+            if any("MUFU.EX2" in text for text in body):
+                sizes.append(len(body))
+    return min(sizes, default=0)
 
 
 def main() -> None:
@@ -112,13 +131,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     rows = []
-    print(f"{'kernel':36} {'arch':5} {'dtype':5} {'registers':>9} {'stack B':>8} {'shared B':>8}")
+    print(f"{'kernel':36} {'arch':5} {'dtype':5} {'registers':>9} {'stack B':>8} {'shared B':>8} {'loop':>5}")
     for name in VARIANTS:
         for architecture in ARCHITECTURES:
             for dtype in DTYPES:
                 usage = compile_ahead(name, architecture, dtype)
                 rows.append({"name": name, "architecture": f"sm_{architecture}", "dtype": dtype, **usage._asdict()})
-                print(f"{name:36} sm_{architecture} {dtype:5}", "{:9} {:8} {:8}".format(*usage))
+                print(f"{name:36} sm_{architecture} {dtype:5}", "{:9} {:8} {:8} {:5}".format(*usage))
     if arguments.json:
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "results": rows}, indent=1))
 

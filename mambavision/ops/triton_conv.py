@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS = 32
+TOKENS = 16
 CHANNELS = 64
 WARPS = 4
 ROWS_PER_PROGRAM = 4  # windows whose weight gradients are added up before they are written
@@ -28,7 +28,8 @@ def conv_silu_tokens_triton(x: Tensor, weight: Tensor) -> Tensor:
     """
     if x.device.type != "cuda" and not _INTERPRETED:
         raise ValueError(
-            f"the Triton convolution runs on CUDA tensors, this one is on {x.device}; use depthwise_conv.conv_silu_tokens"
+            f"the Triton convolution runs on CUDA tensors, this one is on {x.device}; "
+            "use depthwise_conv.conv_silu_tokens"
         )
     if x.dim() != 3 or weight.shape != (x.shape[2], 1, 3):
         raise ValueError(
@@ -36,7 +37,8 @@ def conv_silu_tokens_triton(x: Tensor, weight: Tensor) -> Tensor:
         )
     if x.dtype not in _DTYPES:
         raise ValueError(
-            f"the Triton convolution takes float32, bfloat16 and float16, got {x.dtype}; use depthwise_conv.conv_silu_tokens"
+            f"the Triton convolution takes float32, bfloat16 and float16, got {x.dtype}; "
+            "use depthwise_conv.conv_silu_tokens"
         )
     return torch.ops.mambavision.triton_conv_silu_forward(x, weight.float())
 

@@ -27,6 +27,8 @@ MINIMUM_CHUNK_TOKENS = 256
 # A multiprocessor issues from 4 schedulers, and holds 12 of our warps at 167 registers a thread.
 SCHEDULERS = 4
 RESIDENT_PROGRAMS = 12
+# Programs take several windows in turn only beyond this many fillings of the chip: a half-empty last one is then cheap.
+WAVES = 4
 # Triton decides at import, by TRITON_INTERPRET, whether kernels are compiled for a GPU or interpreted on any device.
 _INTERPRETED = not isinstance(kernels.forward_kernel, triton.JITFunction)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,7 +116,7 @@ def _lay_out(rows: int, tokens: int, channels: int, groups: int, width: int, mul
     if chunks < 3:  # chunks do the exponentials twice: two at a time win nothing
         chunks = 1
     chunk_tokens = triton.cdiv(triton.cdiv(tokens, chunks), CHECKPOINT_EVERY) * CHECKPOINT_EVERY
-    rows_per_program = max(1, programs // (RESIDENT_PROGRAMS * multiprocessors), triton.cdiv(rows, 65535))
+    rows_per_program = max(1, programs // (WAVES * RESIDENT_PROGRAMS * multiprocessors), triton.cdiv(rows, 65535))
     row_groups = triton.cdiv(rows, rows_per_program)
     return Plan(
         groups, width, channel_blocks, rows_per_program, row_groups, chunk_tokens, triton.cdiv(tokens, chunk_tokens)
@@ -149,7 +151,7 @@ def _forward(
 @_forward.register_fake
 def _forward_fake(u, delta, A, B, C, D, delta_bias, keep_states):
     rows, tokens, channels = u.shape
-    checkpoints = (tokens - 1) // CHECKPOINT_EVERY if keep_states else 0
+    checkpoints = max(tokens - 1, 0) // CHECKPOINT_EVERY if keep_states else 0
     states = torch.empty(rows, checkpoints, channels, A.shape[1], dtype=torch.float32, device=u.device)
     return torch.empty(rows, tokens, channels, dtype=u.dtype, device=u.device), states
 
@@ -226,17 +228,17 @@ def _chunk_carry(
     if plan.chunks == 1:
         return A
     (rows, tokens, channels), states = delta.shape, A.shape[1]
-    chunk_states = A.new_empty(rows, plan.chunks, channels, states)
+    chunk_end, chunk_begin = (A.new_empty(rows, plan.chunks, channels, states) for _ in range(2))
     chunk_dt = A.new_empty(rows, plan.chunks, channels)
     shape = dict(STATES=states, GROUPS=plan.groups, WIDTH=plan.width, REVERSE=reverse, num_warps=1)
     chunk_kernels.chunk_summary_kernel[(plan.channel_blocks, rows, plan.chunks)](
-        drive, delta, A, delta_bias, mix, chunk_states, chunk_dt, tokens, channels, plan.chunk_tokens,
+        drive, delta, A, delta_bias, mix, chunk_end, chunk_dt, tokens, channels, plan.chunk_tokens,
         *(t.stride(i) for t in (drive, delta, mix) for i in (0, 1)), TILE=TILE, **shape,
     )  # fmt: skip
     chunk_kernels.chunk_carry_kernel[(plan.channel_blocks, rows)](
-        chunk_states, chunk_dt, A, plan.chunks, channels, **shape
+        chunk_end, chunk_dt, A, chunk_begin, plan.chunks, channels, **shape
     )
-    return chunk_states
+    return chunk_begin
 
 
 def _dense_last(tensor: Tensor) -> Tensor:

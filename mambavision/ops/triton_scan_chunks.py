@@ -68,10 +68,10 @@ def chunk_summary_kernel(
 
 @triton.jit
 def chunk_carry_kernel(
-    chunk_state_ptr, chunk_dt_ptr, a_ptr, chunks, channels,
+    chunk_end_ptr, chunk_dt_ptr, a_ptr, chunk_begin_ptr, chunks, channels,
     STATES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Replaces, in place, each chunk's summary by the state that enters the chunk. Grid: (channel blocks, rows)."""
+    """From the chunks' summaries the state that enters each chunk, same shape. Grid: (channel blocks, rows)."""
     channel = channels_of_program(GROUPS, WIDTH)
     channel_ok = channel < channels
     state_offset = channel[:, None, :] * STATES + tl.arange(0, STATES)[None, :, None]
@@ -83,8 +83,8 @@ def chunk_carry_kernel(
         if REVERSE:
             chunk = chunks - 1 - step
         index = tl.program_id(1).to(tl.int64) * chunks + chunk
-        place = chunk_state_ptr + index * channels * STATES + state_offset
-        summary = tl.load(place, mask=state_ok, other=0.0)
+        offset = index * channels * STATES + state_offset
+        tl.store(chunk_begin_ptr + offset, carry, mask=state_ok)
+        summary = tl.load(chunk_end_ptr + offset, mask=state_ok, other=0.0)
         dt_sum = tl.load(chunk_dt_ptr + index * channels + channel, mask=channel_ok, other=0.0)
-        tl.store(place, carry, mask=state_ok)
         carry = tl.exp2(dt_sum[:, None, :] * a) * carry + summary

@@ -54,6 +54,7 @@ print("FINE")
 """
 
 
+@pytest.mark.slow  # starts a process of its own
 def test_convolution_and_its_gradients_equal_float64():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -74,5 +75,5 @@ def test_convolution_and_its_gradients_equal_float64():
 def test_convolution_compiles_without_spills(name, architecture, dtype):
     usage = triton_compile.compile_ahead(name, architecture, dtype)
     assert usage.stack_bytes == 0, usage
-    assert usage.registers <= 128, "fewer than 4 programs of 4 warps on a multiprocessor"
+    assert usage.registers <= 168, "fewer than 3 programs of 4 warps on a multiprocessor"
     assert usage.shared_bytes <= 16384, usage
