@@ -1,0 +1,172 @@
+"""Compiles data/native/ at first use, once per user, source, compiler and machine, and loads it through ctypes.
+
+Plain C++17 and libjpeg(-turbo): no torch, no OpenCV. Instruction sets are chosen when the library runs, so one build
+serves every machine of an architecture. Many ranks may start at once: one builds under a lock, the others wait.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_double, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+from mambavision.ops.native_build import cache_directory, find_compiler
+
+SOURCE_DIRECTORY = Path(__file__).parent / "native"
+# -ffp-contract=off: pixels are the same bytes on every machine only if no compiler fuses multiplications and additions.
+COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+
+
+class NativeUnavailable(RuntimeError):
+    """The decoder cannot be compiled or loaded here; the message says why and what to install."""
+
+
+class Settings(ctypes.Structure):
+    """data/native/settings.h, field for field."""
+
+    _fields_ = (
+        ("seed", c_int64),
+        ("epoch", c_int64),
+        ("image_size", c_int64),
+        ("evaluate", c_int64),
+        ("filter", c_int64),
+        ("resized_side", c_int64),
+        ("squash", c_int64),
+        ("random_crop", c_int64),
+        ("pad_crop", c_int64),
+        ("scale", c_double * 2),
+        ("ratio", c_double * 2),
+        ("hflip", c_double),
+        ("policy", c_int64),
+        ("layers", c_int64),
+        ("increasing", c_int64),
+        ("prob", c_double),
+        ("magnitude", c_double),
+        ("magnitude_std", c_double),
+        ("magnitude_max", c_double),
+        ("jitter", c_double),
+        ("fill", c_int64 * 3),
+        ("substitute", c_int64),
+        ("num_samples", c_int64),
+        ("file", c_void_p),
+        ("file_size", c_int64),
+        ("metadata", c_void_p),
+        ("metadata_stride", c_int64),
+        ("failures", c_void_p),
+    )
+
+
+# Pointers cross as integers: that is what numba's generated code passes.
+SIGNATURES = {
+    "loader_next": (c_int64, (c_void_p,)),
+    "loader_decode": (c_int64, (c_void_p, c_void_p, *(c_int64,) * 5, c_void_p, c_int64)),
+    "loader_new_log": (c_void_p, ()),
+    "loader_delete_log": (None, (c_void_p,)),
+    "loader_take_failures": (c_int64, (c_void_p, c_void_p, c_int64)),
+    "loader_settings_size": (c_int64, ()),
+    "loader_usable": (c_int64, ()),
+    "loader_use_isa": (c_int64, (c_int64,)),
+    "loader_draw": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
+    "loader_apply": (None, (c_void_p, c_int64, c_int64, c_double, c_int64, c_void_p)),
+    "loader_resize": (c_int64, (c_void_p, *(c_int64,) * 9, c_void_p)),
+    "loader_decode_whole": (c_int64, (c_void_p, c_int64)),
+}
+
+
+@cache
+def load_library() -> ctypes.CDLL:
+    """The decoder's library, compiled if the cache has none. Raises NativeUnavailable."""
+    path = _find_or_build()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailable(f"{path} does not load ({error}); delete it to have it built again") from error
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    assert library.loader_settings_size() == ctypes.sizeof(Settings), "settings.h and Settings differ"
+    if not library.loader_usable():
+        raise NativeUnavailable(
+            "the libjpeg found at run time is another than the one whose headers were compiled against; "
+            f"make them agree (apt install libjpeg-dev, or one conda environment) and delete {path}"
+        )
+    return library
+
+
+def _find_or_build() -> Path:
+    directory = cache_directory() / f"loader-{platform.machine()}-{_source_key()}"
+    compiler = find_compiler()
+    if compiler is None:
+        built = sorted(directory.glob("*.so"))  # a compute node without a compiler uses what the login node built
+        if built:
+            return built[-1]
+        raise NativeUnavailable(
+            "no C++ compiler found (looked for $CXX, c++, g++, clang++). Install one with `apt install g++ libjpeg-dev` or "
+            "`conda install -c conda-forge gxx libjpeg-turbo`, or run once on a node that has one: the result is kept in "
+            f"{cache_directory()}"
+        )
+    version = _run([compiler, "--version"])
+    library = directory / f"{hashlib.sha256(version.encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(library.with_suffix(".lock")):
+            if not library.exists():
+                _build(compiler, library)
+    except OSError as error:
+        raise NativeUnavailable(
+            f"cannot write to the cache {directory} ({error}); set MAMBAVISION_CACHE to a directory you can write to"
+        ) from error
+    return library
+
+
+def _source_key() -> str:
+    digest = hashlib.sha256(repr((COMPILE_FLAGS, platform.libc_ver())).encode())
+    for path in sorted(SOURCE_DIRECTORY.iterdir()):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _build(compiler: str, library: Path) -> None:
+    """Compiles into a temporary file beside the final place and renames it there, so no half library is ever seen."""
+    sources = [str(path) for path in sorted(SOURCE_DIRECTORY.glob("*.cpp"))]
+    prefix = os.environ.get("CONDA_PREFIX")
+    places = [f"-I{prefix}/include", f"-L{prefix}/lib", f"-Wl,-rpath,{prefix}/lib"] if prefix else []
+    with tempfile.NamedTemporaryFile(dir=library.parent, prefix="build-", suffix=".so", delete=False) as file:
+        unfinished = Path(file.name)
+    try:
+        _run([compiler, *COMPILE_FLAGS, *places, *sources, "-ljpeg", "-o", str(unfinished)])
+        os.replace(unfinished, library)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> str:
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode == 0:
+        return answer.stdout
+    hint = ""
+    if "jpeglib.h" in answer.stderr or "-ljpeg" in answer.stderr or "JCS_EXT_RGBX" in answer.stderr:
+        hint = "libjpeg-turbo's headers are missing: `apt install libjpeg-dev` or `conda install libjpeg-turbo`\n"
+    raise NativeUnavailable(f"{hint}`{' '.join(command)}` failed:\n{answer.stderr.strip()[-2000:]}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # some cluster filesystems have no locks: then several ranks build, and the last rename stands
+            pass
+        yield
