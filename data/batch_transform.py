@@ -112,14 +112,17 @@ def erase(images: Tensor, rectangles: Tensor, generator: torch.Generator) -> Ten
                     (image.shape[0], bottom - top, right - left), generator=generator
                 )
         return images
-    rows = torch.arange(images.shape[2], device=images.device)
-    columns = torch.arange(images.shape[3], device=images.device)
-    top, bottom, left, right = (edge[:, None] for edge in rectangles.unbind(1))
-    inside = ((rows >= top) & (rows < bottom))[:, None, :, None] & ((columns >= left) & (columns < right))[
-        :, None, None, :
-    ]
     noise = torch.empty_like(images).normal_(generator=generator)  # keeps channels_last
-    return torch.where(inside, noise, images)
+    return torch.where(inside(rectangles, images.shape[2], images.shape[3]), noise, images)
+
+
+def inside(rectangles: Tensor, height: int, width: int) -> Tensor:
+    """Where the rectangles (B, 4) lie, (B, 1, H, W) bool, without looking at their values on the host."""
+    rows = torch.arange(height, device=rectangles.device)
+    columns = torch.arange(width, device=rectangles.device)
+    top, bottom, left, right = (edge[:, None] for edge in rectangles.unbind(1))
+    in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return in_rows[:, None, :, None] & in_columns[:, None, None, :]
 
 
 def _signed(value: int) -> int:

@@ -43,10 +43,10 @@ class EpochPlan:
     def __post_init__(self) -> None:
         g, m, w = self.global_batch_size, self.micro_batch_size, self.world_size
         if g < 1 or m < 1 or g % (m * w):
-            lower, nearest = max(1, g // (m * w)) * m * w, (g // (m * w) + 1) * m * w
+            nearest = sorted({max(1, g // (m * w)) * m * w, (g // (m * w) + 1) * m * w})
             raise ValueError(
                 f"trainer.global_batch_size={g} is not a multiple of trainer.micro_batch_size={m} x {w} ranks; "
-                f"nearest that are: {lower} and {nearest}"
+                f"take {' or '.join(map(str, nearest))}"
             )
         if self.num_samples < g:
             raise ValueError(
