@@ -6,14 +6,19 @@ torchrun agent reuses the agent's store keys, and ranks then read each other's s
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
-        raise ValueError("trainer.device=cuda, but torch sees no CUDA device here; type trainer=cpu (or trainer.device=auto)")
+        raise ValueError(
+            "trainer.device=cuda, but torch sees no CUDA device here; type trainer=cpu (or trainer.device=auto)"
+        )
     if use_cuda and local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"{local_world_size} processes on this node, but only {torch.cuda.device_count()} CUDA devices; "
@@ -54,7 +61,13 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
         # Control decisions travel over gloo on CPU tensors, so that agreeing never waits for the GPU's queue.
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    return World(rank, world_size, local_rank, local_world_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+    return World(
+        rank,
+        world_size,
+        local_rank,
+        local_world_size,
+        torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
+    )
 
 
 def is_distributed() -> bool:
@@ -64,7 +77,9 @@ def is_distributed() -> bool:
 def set_timeout(seconds: float) -> None:
     """How long a collective may wait from now on, for every backend of the default group."""
     if is_distributed():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+        # torch 2.14 has a public name for it.
+        set_pg_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 
 def agree(value: int) -> int:
@@ -85,6 +100,20 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Rank 0 does `work`; every rank gets its result, or its ValueError, so that all of them give up together."""
+    result, error = None, None
+    if world.is_main:
+        try:
+            result = work()
+        except ValueError as problem:
+            error = problem
+    result, error = broadcast_object((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank."""
     if not is_distributed():
@@ -92,6 +121,15 @@ def gather_objects(value: Any) -> list[Any]:
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def gather_rows(values: torch.Tensor) -> torch.Tensor:
+    """Every rank's `values` (n,) on the CPU as rows (world_size, n), on every rank."""
+    if not is_distributed():
+        return values[None]
+    rows = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, values)
+    return torch.stack(rows)
 
 
 def barrier() -> None:
@@ -106,6 +144,22 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+# torch 2.13 renamed the argument.
+_SYNC = "forward_sync_buffers"
+_NO_BUFFER_SYNC = {
+    _SYNC if _SYNC in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers": False
+}
+
+
+def data_parallel(model: nn.Module, world: World) -> nn.Module:
+    """The model under DistributedDataParallel; the model itself where there is only one rank."""
+    if not is_distributed():
+        return model
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    # Buffers: BatchNormAverager keeps them equal. Bucket views: gradients are reduced where they lie, without a copy.
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
+
+
 class BatchNormAverager:
     """Keeps BatchNorm's running statistics equal on all ranks, and independent of how many ranks there are.
 
@@ -115,11 +169,19 @@ class BatchNormAverager:
     """
 
     def __init__(self, model: nn.Module):
-        self.layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+        self.layers = [
+            m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+        ]
         self.momenta = [m.momentum for m in self.layers]
         self.buffers = [b for m in self.layers for b in (m.running_mean, m.running_var)]
         self.counters = [m.num_batches_tracked for m in self.layers]
         self.sizes = [b.numel() for b in self.buffers]
+        self.before: torch.Tensor | None = None
+
+    def begin_step(self) -> None:
+        """Remember the statistics, for the case that the step is refused."""
+        if self.buffers:
+            self.before = self._flat()
 
     def begin_micro_batch(self, index: int, count: int) -> None:
         """Weigh micro-batch `index` of this rank's `count` so that after the last one each has had weight momentum/count."""
@@ -128,19 +190,25 @@ class BatchNormAverager:
         for layer, momentum in zip(self.layers, self.momenta):
             layer.momentum = (momentum / count) / (1 - momentum * (count - 1 - index) / count)
 
-    def finish_step(self, count: int) -> None:
-        """Average over ranks, one small all-reduce (20 kB for MambaVision-T), and count the step once."""
-        if count > 1 and self.counters:
-            torch._foreach_sub_(self.counters, count - 1)
-        self._average_over_ranks()
+    def finish_step(self, count: int, grad_norm: torch.Tensor) -> None:
+        """Average over ranks, one small all-reduce (20 kB for MambaVision-T), and count the step once.
 
-    def _average_over_ranks(self) -> None:
-        if not is_distributed() or not self.buffers:
+        Where grad_norm is inf or nan the optimizer refuses the step, and the statistics, which have seen the same
+        activations, go back to what they were. No host sync.
+        """
+        if not self.buffers:
             return
-        flat = torch.cat([b.reshape(-1) for b in self.buffers])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+        refused = torch.isfinite(grad_norm).logical_not()
+        flat = self._flat()
+        if is_distributed():
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+        flat = torch.where(refused, self.before, flat)
         torch._foreach_copy_([b.view(-1) for b in self.buffers], list(flat.split(self.sizes)))
+        torch._foreach_add_(self.counters, (1 - count) - refused.to(torch.int64))
+
+    def _flat(self) -> torch.Tensor:
+        return torch.cat([b.reshape(-1) for b in self.buffers])
 
 
 def close_world() -> None:

@@ -6,6 +6,7 @@ the same directory and continues; nothing in the name comes from the clock.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -78,7 +79,9 @@ def fingerprint(cfg: TrainConfig) -> str:
     """Eight hex digits over every setting that decides what the run computes."""
     flat = flatten(asdict(cfg))
     # The length of the run and the place of the data do not make it another run, only a longer or a moved one.
-    named = {k: v for k, v in flat.items() if not belongs_to(k, HARMLESS) and k not in ("trainer.max_steps", "data.path")}
+    named = {
+        k: v for k, v in flat.items() if not belongs_to(k, HARMLESS) and k not in ("trainer.max_steps", "data.path")
+    }
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -105,20 +108,43 @@ class RunDirectory:
         self.config_file = path / "config.yaml"
         self.stop_file = path / "STOP"
 
-    def create(self, cfg: TrainConfig) -> None:
-        """Make the directories and write config.yaml. Rank 0 only.
+    def create(self) -> None:
+        """Make the directories. Rank 0 only.
 
         Raises:
-            ValueError: the directory cannot be made.
+            ValueError: the directory cannot be made or written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config_file, yaml.safe_dump(plain(asdict(cfg)), sort_keys=False))
+            write_atomically(self.path / "writable", "")
+            (self.path / "writable").unlink()
         except OSError as error:
             raise ValueError(
                 f"cannot write the run directory {self.path}: {error.strerror}; give another with output_dir=DIR or run_name=NAME"
             ) from error
-        self.stop_file.unlink(missing_ok=True)
+
+    def write_config(self, cfg: TrainConfig) -> None:
+        """What the run is from now on; written once the checkpoint it continues from has been accepted."""
+        write_atomically(self.config_file, yaml.safe_dump(plain(asdict(cfg)), sort_keys=False))
+
+    def check_data(self, data: dict[str, Any], allow: tuple[str, ...]) -> None:
+        """Remember which data set the run trains on; refuse to continue on another.
+
+        Raises:
+            ValueError: size, classes or content differ from the first start's and `allow` does not name data.fingerprint.
+        """
+        file = self.path / "data.json"
+        if file.exists() and not belongs_to("data.fingerprint", allow):
+            stored = json.loads(file.read_text())
+            table = [f"  {k}: {stored.get(k)} -> {v}" for k, v in data.items() if stored.get(k) != v]
+            if table:
+                raise ValueError(
+                    "this run was started on other data:\n"
+                    + "\n".join(table)
+                    + "\ngive the data.path it was started with, start "
+                    "another run with run_name=NAME, or allow the change: resume.allow=[data.fingerprint]"
+                )
+        write_atomically(file, json.dumps(data, indent=1) + "\n")
 
     def stored_config(self) -> dict[str, Any] | None:
         if not self.config_file.exists():
@@ -127,24 +153,36 @@ class RunDirectory:
 
     def write_status(self, status: str, *, step: int, **details: Any) -> None:
         """status: running | finished | preempted | failed, with the step and, where there is one, a cause."""
-        record = {"status": status, "step": step, **details, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        record = {
+            "status": status,
+            "step": step,
+            **details,
+            "time": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
         write_atomically(self.status_file, json.dumps(record, indent=1) + "\n")
 
     def status(self) -> dict[str, Any] | None:
         try:
             return json.loads(self.status_file.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (OSError, ValueError):
             return None
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the old content or the new, never a part; fsynced."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def plain(value: Any) -> Any:

@@ -51,5 +51,9 @@ def evaluate(
     total = totals[-1].item()
     result: dict[str, float] = {}
     for prefix, (top1, top5, loss) in zip(models, totals[:-1].view(-1, 3).tolist()):
-        result |= {f"{prefix}top1": 100 * top1 / total, f"{prefix}top5": 100 * top5 / total, f"{prefix}loss": loss / total}
+        result |= {
+            f"{prefix}top1": 100 * top1 / total,
+            f"{prefix}top5": 100 * top5 / total,
+            f"{prefix}loss": loss / total,
+        }
     return {**result, "images": int(total), "img_per_sec": total / seconds}

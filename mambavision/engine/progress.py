@@ -14,6 +14,14 @@ class TrainProgress:
         self.step += 1
         self.samples_seen += global_batch_size
 
+    def move(self, before: dict[str, int], *, steps_per_epoch: int, batch: int) -> None:
+        """The same place in the data under another batch size: as many whole epochs, and no sample of this one twice."""
+        if before == {"global_batch_size": batch, "steps_per_epoch": steps_per_epoch}:
+            return
+        epochs, steps = divmod(self.step, before["steps_per_epoch"])
+        steps_in_epoch = -(-steps * before["global_batch_size"] // batch)
+        self.step = epochs * steps_per_epoch + min(steps_in_epoch, steps_per_epoch)
+
     def state_dict(self) -> dict[str, int]:
         return asdict(self)
 

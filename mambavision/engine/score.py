@@ -94,7 +94,13 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
     autocast = autocast_context(precision, world.device)
     result = evaluate(models, loader, prepare=transform.evaluate, autocast=autocast, world=world)
     loader.close()
-    record = {"checkpoint": str(path), "model": cfg.model.name, "eval_set": cfg.eval_set, "precision": precision, **result}
+    record = {
+        "checkpoint": str(path),
+        "model": cfg.model.name,
+        "eval_set": cfg.eval_set,
+        "precision": precision,
+        **result,
+    }
     if world.is_main:
         report(record, models)
         out = Path(cfg.out) if cfg.out else path.with_name(f"{path.name}.{cfg.eval_set}.eval.json")
@@ -127,8 +133,12 @@ def load_models(cfg: EvalConfig, content: Any, path: Path, device: torch.device)
 
 
 def report(record: dict[str, Any], models: dict[str, torch.nn.Module]) -> None:
-    print(f"{record['checkpoint']}: {record['model']}, {record['images']:,} images of {record['eval_set']}, {record['precision']}")
+    print(
+        f"{record['checkpoint']}: {record['model']}, {record['images']:,} images of {record['eval_set']}, {record['precision']}"
+    )
     for prefix in models:
         name = "EMA weights" if prefix else "weights"
-        print(f"  {name:<12} Top-1 {record[f'{prefix}top1']:.3f} %  Top-5 {record[f'{prefix}top5']:.3f} %  loss {record[f'{prefix}loss']:.4f}")
+        print(
+            f"  {name:<12} Top-1 {record[f'{prefix}top1']:.3f} %  Top-5 {record[f'{prefix}top5']:.3f} %  loss {record[f'{prefix}loss']:.4f}"
+        )
     print(f"  {record['img_per_sec']:,.0f} img/s")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import os
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +22,15 @@ from mambavision.config import TrainConfig
 from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
 from mambavision.engine import checkpoint
-from mambavision.engine.checkpoint import Checkpointer
+from mambavision.engine.checkpointer import Checkpointer
+from mambavision.engine.failure import first_cause, leave_note
 from mambavision.engine.precision import resolve_precision
 from mambavision.engine.stop import StopNotice
 from mambavision.engine.trainer import Trainer
+from mambavision.engine.watchdog import Watchdog
 from mambavision.run_dir import RunDirectory, check_resume, fingerprint, run_directory
+from mambavision.run_history import no_progress_message, starts, starts_without_progress
+from mambavision.run_lock import LockLost, RunLock
 from mambavision.telemetry.console import ConsoleSink
 from mambavision.telemetry.sinks import JsonlSink, Telemetry, read_events
 
@@ -32,55 +41,135 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: something the user can mend; the message says what to type instead.
     """
+    since = time.time()
+    faulthandler.enable()
     world = distributed.init_world(cfg.trainer.device, cfg.watchdog.init_timeout_seconds)
     run_dir = RunDirectory(Path(agreed_run_directory(cfg)))
     plan = batch_plan(cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size, world.world_size)
     set_threads(cfg.trainer.threads, world)
     precision = resolve_precision(cfg.trainer.precision, world)
-    batches = dict(rank=world.rank, world_size=world.world_size)
-    train_loader = data.build_train_loader(
-        cfg.data, cfg.augment, seed=cfg.seed, global_batch_size=plan.global_batch_size, micro_batch_size=plan.micro_batch_size, **batches
-    )
-    eval_loader = data.build_eval_loader(cfg.data, batch_size=cfg.trainer.eval_batch_size, **batches)
-    num_classes = cfg.model.num_classes or train_loader.num_classes
-    if num_classes < train_loader.num_classes:
-        raise ValueError(
-            f"model.num_classes={num_classes}, but the data set has {train_loader.num_classes} classes; leave model.num_classes out"
-        )
+    with contextlib.ExitStack() as parts:
+        stop = parts.enter_context(StopNotice(world, run_dir.stop_file))
+        lock = parts.enter_context(locked(run_dir, cfg, world))
+        parts.enter_context(refusals_in_status(run_dir, world))
+        distributed.on_main(world, lambda: check_before_start(run_dir, cfg, stop))
 
-    notices = resume_notices(run_dir, cfg) if world.is_main else []
-    if world.is_main:
-        run_dir.create(cfg)
-    telemetry = build_telemetry(cfg, run_dir, world)
-    for message in notices:
-        telemetry.log("notice", message=message)
+        batches = dict(rank=world.rank, world_size=world.world_size)
+        sizes = dict(global_batch_size=plan.global_batch_size, micro_batch_size=plan.micro_batch_size)
+        train_loader = data.build_train_loader(cfg.data, cfg.augment, seed=cfg.seed, **sizes, **batches)
+        parts.callback(train_loader.close)
+        eval_loader = data.build_eval_loader(cfg.data, batch_size=cfg.trainer.eval_batch_size, **batches)
+        parts.callback(eval_loader.close)
+        num_classes = cfg.model.num_classes or train_loader.num_classes
+        if num_classes < train_loader.num_classes:
+            raise ValueError(
+                f"model.num_classes={num_classes}, but the data set has {train_loader.num_classes} classes; leave model.num_classes out"
+            )
+        distributed.on_main(world, lambda: run_dir.check_data(describe_data(train_loader), cfg.resume.allow))
 
-    model = build_model(cfg, num_classes, world)
-    with StopNotice(world, run_dir.stop_file) as stop:
+        telemetry = build_telemetry(cfg, run_dir, world)
         trainer = Trainer(
             cfg,
             world=world,
             plan=plan,
             precision=precision,
-            model=model,
+            model=build_model(cfg, num_classes, world),
             train_loader=train_loader,
             eval_loader=eval_loader,
             transform=BatchTransform(cfg.augment, cfg.data.mean, cfg.data.std, num_classes, seed=cfg.seed),
             telemetry=telemetry,
-            checkpointer=Checkpointer(run_dir.checkpoints, cfg.checkpoint, telemetry.log) if world.is_main else None,
+            checkpointer=Checkpointer(run_dir.checkpoints, cfg.checkpoint, telemetry.log, may_write=lock.check)
+            if world.is_main
+            else None,
             stop=stop,
+            watchdog=parts.enter_context(build_watchdog(cfg, world, run_dir, telemetry, stop, lock)),
+            directory=run_dir.path,
         )
-        resumed_from = resume(trainer, run_dir)
-        log_start(trainer, run_dir, num_classes, resumed_from)
         try:
+            resumed_from = resume(trainer, run_dir)
+            log_start(trainer, run_dir, num_classes, resumed_from)
             status = trainer.fit()
         except BaseException as error:
-            end(trainer, run_dir, "failed", cause=f"{type(error).__name__}: {error}")
+            leave_note(run_dir.path, world, error, trainer.progress.step)
+            cause = first_cause(run_dir.path, world, error, since, silent_seconds=3 * cfg.watchdog.heartbeat_seconds)
+            end(trainer, run_dir, "failed", cause=cause, may_write=lock.held)
             raise
-        finally:
-            train_loader.close()
-            eval_loader.close()
-    return end(trainer, run_dir, status, cause=stop.cause if status == "preempted" else None)
+        return end(trainer, run_dir, status, cause=stop.cause if status == "preempted" else None, may_write=lock.held)
+
+
+@contextlib.contextmanager
+def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World) -> Iterator[RunLock]:
+    """The run directory, made and held by rank 0. Raises ValueError, on every rank, where another training holds it."""
+    lock = RunLock(run_dir.path, cfg.watchdog.heartbeat_seconds)
+
+    def acquire() -> None:
+        run_dir.create()
+        taken_from = lock.acquire()
+        if taken_from is not None:
+            print(f"note      the lock of a dead training is taken over ({taken_from})", flush=True)
+
+    distributed.on_main(world, acquire)
+    try:
+        yield lock
+    finally:
+        with contextlib.suppress(OSError):  # what stays is recognised as a dead process's
+            lock.release()
+
+
+@contextlib.contextmanager
+def refusals_in_status(run_dir: RunDirectory, world: World) -> Iterator[None]:
+    """A start that is refused must not leave an earlier `preempted` behind, which would have it requeued for ever."""
+    try:
+        yield
+    except ValueError as error:
+        before = run_dir.status() or {}
+        if world.is_main and before.get("status") not in ("finished", "failed"):
+            run_dir.write_status("failed", step=before.get("step", 0), cause=str(error), refused=True)
+        raise
+
+
+def check_before_start(run_dir: RunDirectory, cfg: TrainConfig, stop: StopNotice) -> None:
+    """What can be refused before anything is built. Rank 0 only.
+
+    Raises:
+        ValueError: the directory holds another run than `cfg`, or one whose restarts lead nowhere.
+    """
+    stop.remove_old_stop_file()
+    kept = checkpoint.list_checkpoints(run_dir.checkpoints)
+    if cfg.resume.mode == "never" and kept:
+        raise ValueError(f"{run_dir.path} holds a run already and resume.mode=never; give another run_name=NAME")
+    stored = run_dir.stored_config()
+    if stored is not None and kept:
+        check_resume(stored, cfg)
+    run_dir.write_status("running", step=checkpoint.step_of(kept[-1]) if kept else 0)
+
+
+def build_watchdog(
+    cfg: TrainConfig, world: World, run_dir: RunDirectory, telemetry: Telemetry, stop: StopNotice, lock: RunLock
+) -> Watchdog:
+    def on_beat() -> None:
+        try:
+            lock.refresh()
+        except LockLost as lost:
+            stop.give(str(lost))
+
+    return Watchdog(
+        world,
+        run_dir.path,
+        cfg.watchdog,
+        log=telemetry.log,
+        notice=stop.give,
+        data_warning_seconds=cfg.data.stall_warning_seconds,
+        on_beat=on_beat,
+    )
+
+
+def describe_data(loader: Any) -> dict[str, Any]:
+    return {
+        "samples": loader.num_samples,
+        "classes": loader.num_classes,
+        "fingerprint": getattr(loader, "fingerprint", None),
+    }
 
 
 def agreed_run_directory(cfg: TrainConfig) -> str:
@@ -128,47 +217,64 @@ def build_model(cfg: TrainConfig, num_classes: int, world: World) -> nn.Module:
 def build_telemetry(cfg: TrainConfig, run_dir: RunDirectory, world: World) -> Telemetry:
     if not world.is_main:
         return Telemetry([])
-    last_step = max((e["step"] for e in read_events(run_dir.metrics) if e["event"] == "train"), default=0)
-    sinks: list[Any] = [JsonlSink(run_dir.metrics)]
+    telemetry = Telemetry([JsonlSink(run_dir.metrics)])
     if cfg.logger.console != "off":
-        sinks.append(ConsoleSink(cfg.logger.console))
+        telemetry.sinks.append(ConsoleSink(cfg.logger.console))
     if cfg.logger.wandb != "off":
         from mambavision.telemetry.wandb_sink import WandbSink
 
-        sinks.append(WandbSink(cfg.logger, run_dir.path, run_dir.path.name, asdict(cfg), last_step))
-    return Telemetry(sinks)
-
-
-def resume_notices(run_dir: RunDirectory, cfg: TrainConfig) -> list[str]:
-    """Before anything is written: refuse to continue a run as something else. Rank 0 only."""
-    stored = run_dir.stored_config()
-    if stored is None:
-        return []
-    if cfg.resume.mode == "never" and checkpoint.list_checkpoints(run_dir.checkpoints):
-        raise ValueError(f"{run_dir.path} holds a run already and resume.mode=never; give another run_name=NAME")
-    return [f"changed since the run was started: {change}" for change in check_resume(stored, cfg)]
+        sent = {e["event"]: e["step"] for e in read_events(run_dir.metrics) if e["event"] in ("train", "eval")}
+        warn = lambda message: telemetry.log("warning", message=message)  # noqa: E731
+        telemetry.sinks.append(WandbSink(cfg.logger, run_dir.path, run_dir.path.name, asdict(cfg), sent, warn))
+    return telemetry
 
 
 def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
     """Order of initialisation: the run's own newest valid checkpoint, else model.checkpoint, else the seed."""
-    path, error = None, None
-    if trainer.world.is_main:
-        trainer.checkpointer.clean_up()
+    cfg, world = trainer.cfg, trainer.world
+
+    def choose() -> tuple[Path | None, list[checkpoint.Refusal]]:
+        checkpoint.clean_up(run_dir.checkpoints)
         try:
-            path, refused = checkpoint.newest_valid(run_dir.checkpoints)
-            for refusal in refused:
-                trainer.telemetry.log("warning", message=f"{refusal.path.name} is passed over: {refusal.reason}")
+            return checkpoint.newest_valid(run_dir.checkpoints)
         except checkpoint.CheckpointError as problem:
-            error = str(problem)
-    path, error = distributed.broadcast_object((path, error))
-    if error is not None:
-        raise ValueError(error)
-    if path is None:
-        return None
-    trainer.load_state_dict(checkpoint.load(path))
-    if trainer.checkpointer is not None:
-        trainer.checkpointer.last_saved_step = trainer.progress.step
-    return path.name
+            raise ValueError(str(problem)) from problem
+
+    path, refused = distributed.on_main(world, choose)
+    for refusal in refused:
+        trainer.telemetry.log("warning", message=f"{refusal.path.name} is passed over: {refusal.reason}")
+    if path is not None:
+        trainer.load_state_dict(checkpoint.load(path))
+
+    def accept() -> None:
+        """The checkpoint fits: only now is anything of the earlier starts changed."""
+        step = 0 if path is None else checkpoint.step_of(path)
+        counted = starts_without_progress(run_dir.path, step)
+        if len(counted) >= cfg.max_restarts_without_progress:
+            message = no_progress_message(counted, step, trainer.train_loader.steps_per_epoch)
+            trainer.telemetry.log("stop", status="failed", step=step, cause=message)
+            raise ValueError(message)
+        log_changes(trainer, run_dir)
+        checkpoint.set_aside(refused)
+        run_dir.write_config(cfg)
+        if path is not None:
+            trainer.checkpointer.on_disk_step = trainer.progress.step
+
+    distributed.on_main(world, accept)
+    return None if path is None else path.name
+
+
+def log_changes(trainer: Trainer, run_dir: RunDirectory) -> None:
+    """What differs from the last start and is allowed to. Rank 0 only."""
+    stored = run_dir.stored_config()
+    for change in check_resume(stored, trainer.cfg) if stored and trainer.progress.step else []:
+        trainer.telemetry.log("notice", message=f"changed since the run was started: {change}")
+    earlier = starts(run_dir.path)
+    if earlier and earlier[-1].world_size != trainer.world.world_size:
+        trainer.telemetry.log(
+            "notice",
+            message=f"{trainer.world.world_size} ranks where there were {earlier[-1].world_size}; the global batch stays the same",
+        )
 
 
 def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed_from: str | None) -> None:
@@ -177,6 +283,8 @@ def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed
         run_dir.write_status("running", step=trainer.progress.step)
     trainer.telemetry.log(
         "start",
+        hosts=sorted(set(trainer.meters.hosts)),
+        pid=os.getpid(),
         run_directory=str(run_dir.path),
         step=trainer.progress.step,
         resumed_from=resumed_from,
@@ -197,15 +305,22 @@ def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed
     expected = cfg.trainer.expected_gpus
     if expected is not None and expected != world.world_size:
         trainer.telemetry.log(
-            "notice", message=f"the preset is planned for {expected} GPUs; {world.world_size} rank(s) keep its batch by accumulation"
+            "notice",
+            message=f"the preset is planned for {expected} GPUs; {world.world_size} rank(s) keep its batch by accumulation",
         )
 
 
-def end(trainer: Trainer, run_dir: RunDirectory, status: str, *, cause: str | None = None) -> dict[str, Any]:
-    record = {"status": status, "step": trainer.progress.step, "cause": cause}
-    if trainer.world.is_main:
-        scores = {k: v for k, v in trainer.last_eval.items() if k.startswith("eval/")}
-        run_dir.write_status(status, step=trainer.progress.step, cause=cause, **scores)
-        trainer.telemetry.log("stop", status=status, step=trainer.progress.step, cause=cause, run_directory=str(run_dir.path))
-    trainer.telemetry.close()
-    return {**record, "run_directory": str(run_dir.path), **{k: v for k, v in trainer.last_eval.items() if k.startswith("eval/")}}
+def end(
+    trainer: Trainer, run_dir: RunDirectory, status: str, *, cause: str | None = None, may_write: bool = True
+) -> dict[str, Any]:
+    """Say how it ended, in status.json and everywhere else. may_write: whether the directory is still ours (rank 0)."""
+    step = trainer.progress.step
+    scores = {k: v for k, v in trainer.last_eval.items() if k.startswith("eval/")}
+    if trainer.world.is_main and may_write:
+        try:
+            run_dir.write_status(status, step=step, cause=cause, **scores)
+        except OSError as error:
+            print(f"warning   {run_dir.status_file} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        trainer.telemetry.log("stop", status=status, step=step, cause=cause, run_directory=str(run_dir.path))
+    trainer.telemetry.close(in_a_hurry=status == "failed")
+    return {"status": status, "step": step, "cause": cause, "run_directory": str(run_dir.path), **scores}

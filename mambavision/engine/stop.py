@@ -1,8 +1,15 @@
-"""Stopping on notice: a signal on any rank or a STOP file in the run directory, agreed at a step boundary."""
+"""Stopping on notice: a signal on any rank, a STOP file in the run directory, or the launcher's death.
+
+A notice is only remembered; the ranks agree on it at a step boundary, so that all of them stop at the same step.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import time
+from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
@@ -10,6 +17,14 @@ from mambavision.distributed import World, agree
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _IMPATIENT = 3  # so many Ctrl-C end the process at once
+
+
+class Decision(IntEnum):
+    """What the ranks can agree on at a step boundary; of several wishes the largest is granted."""
+
+    CONTINUE = 0
+    STOP = 1
+    ROLL_BACK = 2
 
 
 class StopNotice:
@@ -37,11 +52,36 @@ class StopNotice:
             if self.interrupts >= _IMPATIENT:
                 raise KeyboardInterrupt
 
-    def agreed(self) -> bool:
-        """Collective: true on every rank if any of them has been asked to stop."""
+    def give(self, cause: str) -> None:
+        """A notice that is no signal."""
+        self.cause = self.cause or cause
+
+    def remove_old_stop_file(self) -> None:
+        """A STOP file older than this process was meant for an earlier start; a newer one is meant for us."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.stop_file.stat().st_mtime < process_start_time():
+                self.stop_file.unlink()
+
+    def agreed(self, wish: Decision = Decision.CONTINUE) -> Decision:
+        """Collective: the strongest wish of any rank, STOP for each that has been given notice."""
         if self.world.is_main and self.cause is None and self.stop_file.exists():
             self.cause = "STOP file"
-        stop = bool(agree(int(self.cause is not None)))
-        if stop and self.cause is None:
+        decision = Decision(agree(max(wish, Decision.STOP if self.cause is not None else Decision.CONTINUE)))
+        if decision is Decision.STOP and self.cause is None:
             self.cause = "notice on another rank"
-        return stop
+        return decision
+
+
+_IMPORT_TIME = time.time()
+
+
+def process_start_time() -> float:
+    """Seconds since 1970 at which this process was started; where /proc is missing, when this module was imported."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rsplit(")", 1)[1].split()[19])
+        with open("/proc/uptime") as file:
+            uptime = float(file.read().split()[0])
+    except OSError:
+        return _IMPORT_TIME
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")

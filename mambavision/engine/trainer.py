@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data import keyed_random
 from data.batch import Batch
@@ -19,12 +18,15 @@ from mambavision import distributed
 from mambavision.config import TrainConfig
 from mambavision.config_checks import BatchPlan
 from mambavision.distributed import BatchNormAverager, World
-from mambavision.engine.checkpoint import Checkpointer
+from mambavision.engine import checkpoint, faults
+from mambavision.engine.checkpointer import Checkpointer, is_good
 from mambavision.engine.evaluate import evaluate
+from mambavision.engine.guard import Guard, Refused, TrainingFailed, name_first_not_finite, write_refused_samples
 from mambavision.engine.losses import mesa_loss, soft_target_cross_entropy
 from mambavision.engine.precision import autocast_context
 from mambavision.engine.progress import TrainProgress
-from mambavision.engine.stop import StopNotice
+from mambavision.engine.stop import Decision, StopNotice
+from mambavision.engine.watchdog import Watchdog
 from mambavision.optim import ModelEma, build_optimizer, build_param_groups, global_grad_norm
 from mambavision.optim.schedule import LearningRate
 from mambavision.run_dir import plain
@@ -32,10 +34,6 @@ from mambavision.telemetry.meters import StepMeters, peak_memory_gib
 from mambavision.telemetry.sinks import Telemetry
 
 DROP_PATH = 19  # the purpose of a step key's draws that decides stochastic depth; data/keyed_random.py lists the others
-
-# torch 2.13 renamed the argument.
-_SYNC = "forward_sync_buffers"
-NO_BUFFER_SYNC = {_SYNC if _SYNC in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers": False}
 
 
 class Trainer:
@@ -55,18 +53,25 @@ class Trainer:
         telemetry: Telemetry,
         checkpointer: Checkpointer | None,
         stop: StopNotice,
+        watchdog: Watchdog,
+        directory: Path,
     ):
-        """model: on world.device; checkpointer: on rank 0 only."""
+        """model: on world.device; checkpointer: on rank 0 only; directory: the run's."""
         self.cfg, self.world, self.plan, self.precision = cfg, world, plan, precision
         self.train_loader, self.eval_loader, self.transform = train_loader, eval_loader, transform
-        self.telemetry, self.checkpointer, self.stop = telemetry, checkpointer, stop
+        self.telemetry, self.checkpointer, self.stop, self.watchdog = telemetry, checkpointer, stop, watchdog
+        self.directory = directory
 
         self.raw_model = model
-        self.ema = ModelEma(model, cfg.trainer.ema_decay, warmup=cfg.trainer.ema_warmup) if cfg.trainer.ema_decay else None
+        self.ema = (
+            ModelEma(model, cfg.trainer.ema_decay, warmup=cfg.trainer.ema_warmup) if cfg.trainer.ema_decay else None
+        )
         self.batch_norm = BatchNormAverager(model)
+        if cfg.debug == "nan":
+            name_first_not_finite(model)
         if cfg.trainer.compile:
             model.compile()
-        self.model = self._data_parallel(model)
+        self.model = distributed.data_parallel(model, world)
         groups = build_param_groups(model, cfg.optimizer.weight_decay, cfg.optimizer.decay_rule)
         self.optimizer = build_optimizer(cfg.optimizer, groups)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
@@ -76,13 +81,14 @@ class Trainer:
         self.last_eval: dict[str, Any] = {}
         self.config = plain(asdict(cfg)) | {"num_classes": train_loader.num_classes}
         self.meters = StepMeters(world.device)
-
-    def _data_parallel(self, model: nn.Module) -> nn.Module:
-        if not distributed.is_distributed():
-            return model
-        device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-        # Buffers: BatchNormAverager keeps them equal. Bucket views: gradients are reduced where they lie, without a copy.
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **NO_BUFFER_SYNC)
+        self.guard = Guard(
+            cfg.guard,
+            num_classes=transform.num_classes,
+            device=world.device,
+            capacity=cfg.trainer.agree_every_steps,
+            fp16=precision == "fp16",
+        )
+        self.warm = False  # this process has taken a step
 
     # ---- position, all derived from progress -------------------------------------------------------------------------
 
@@ -108,13 +114,12 @@ class Trainer:
     def fit(self) -> str:
         """Train to the last step, or to the step at which all ranks have agreed to stop. Returns finished or preempted."""
         if self.at_epoch_end and self.last_eval.get("step") != self.progress.step:
-            self.finish_epoch()  # a run killed in its evaluation makes up for it
+            self.finish_epoch()  # a run that was stopped before its evaluation makes up for it
         while self.progress.step < self.last_step:
-            if self.train_epoch() == "stop":
+            if self.stop.agreed() is Decision.STOP or self.train_epoch() == "stop":
                 self.save(wait=True)
                 return "preempted"
-            if self.at_epoch_end or self.progress.step == self.last_step:
-                self.finish_epoch()
+            self.finish_epoch()
         self.save(wait=True)
         return "finished"
 
@@ -128,18 +133,22 @@ class Trainer:
         with contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext():
             while self.progress.step < end:
                 self.train_step(batches)
-                if self.progress.step % self.cfg.trainer.log_every_steps == 0 or self.progress.step == end:
+                self.after_first_step()
+                at_end = self.progress.step == end
+                if self.progress.step % self.cfg.trainer.log_every_steps == 0 or at_end:
                     self.log_training()
-                if self.progress.step == end:
-                    break  # evaluation comes first, then the checkpoint and the stop
-                if self.progress.step % self.cfg.trainer.agree_every_steps == 0 and self.stop.agreed():
-                    return "stop"
-                if self.checkpointer is not None and self.checkpointer.due(self.progress.step):
+                if self.progress.step % self.cfg.trainer.agree_every_steps == 0 or self.guard.full or at_end:
+                    if self.agree() is Decision.STOP and self.progress.step < self.last_step:
+                        return "stop"
+                if self.checkpointer is not None and not at_end and self.checkpointer.due(self.progress.step):
                     self.save()
         return "end"
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over this rank's micro-batches of the global batch."""
+        faults.at("step", self.progress.step)
+        self.meters.begin_step()
+        self.batch_norm.begin_step()
         lr = self.lr(self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -149,16 +158,17 @@ class Trainer:
             self.batch_norm.begin_micro_batch(index, self.plan.accum_steps)
             with self.sync_gradients_on_last(index):
                 with self.autocast():
-                    logits = self.model(images)
+                    logits = faults.spoil(self.model(images), self.progress.step)
                     loss = self.loss(logits, images, targets) / self.plan.accum_steps
+                self.meters.add_loss(loss)
                 self.scaler.scale(loss).backward()
-            self.meters.add_loss(loss)
-        self.batch_norm.finish_step(self.plan.accum_steps)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         # Equal on every rank, as the gradients are; optimizer and EMA refuse a step whose norm is not finite by themselves,
         # on the device, so nothing here waits for it.
         grad_norm = global_grad_norm(self.raw_model.parameters())
+        self.guard.observe(self.progress.step, self.meters.step_loss, grad_norm)
+        self.batch_norm.finish_step(self.plan.accum_steps, grad_norm)
         self.optimizer.step(grad_norm=grad_norm, clip=self.cfg.optimizer.clip_grad)
         if self.ema is not None:
             self.ema.update(self.raw_model, self.progress.step, grad_norm=grad_norm)
@@ -180,7 +190,10 @@ class Trainer:
     def micro_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for _ in range(self.plan.accum_steps):
             start = time.perf_counter()
+            self.watchdog.beat(self.progress.step, "data")
+            faults.at("data", self.progress.step)
             batch = next(batches)
+            self.watchdog.beat(self.progress.step, "step")
             self.meters.data_seconds += time.perf_counter() - start
             yield batch.to(self.world.device)
 
@@ -206,13 +219,15 @@ class Trainer:
         self.save()
 
     def evaluate(self, epochs_done: int) -> None:
+        faults.at("evaluate", self.progress.step)
         models = {"": self.raw_model} | ({"ema_": self.ema.module} if self.ema is not None else {})
-        result = evaluate(models, self.eval_loader, prepare=self.transform.evaluate, autocast=self.autocast, world=self.world)
+        batches = self.watchdog.while_iterating(self.eval_loader, self.progress.step, "evaluate")
+        result = evaluate(models, batches, prepare=self.transform.evaluate, autocast=self.autocast, world=self.world)
         self.last_eval = {"step": self.progress.step, **{f"eval/{k}": v for k, v in result.items()}}
         self.telemetry.log("eval", epoch=epochs_done, **self.last_eval)
 
     def log_training(self) -> None:
-        measured = self.meters.flush(self.world.world_size)
+        measured = self.meters.flush()
         remaining = (self.last_step - self.progress.step) * measured["speed/step_seconds"]
         self.telemetry.log(
             "train",
@@ -224,6 +239,72 @@ class Trainer:
             **measured,
             **{"speed/memory_gib": peak_memory_gib(self.world.device), "eta_seconds": remaining},
         )
+        if self.world.world_size > 1:
+            self.telemetry.log("ranks", step=self.progress.step, **self.meters.by_rank)
+        if self.guard.collapsed(measured["train/loss"], self.progress.step):
+            self.on_collapse(measured["train/loss"])
+
+    def after_first_step(self) -> None:
+        """What takes long (data, compilation) is over, so from now on a silent rank is a broken one."""
+        if not self.warm:
+            self.warm = True
+            distributed.set_timeout(self.cfg.watchdog.step_timeout_seconds)
+            if self.checkpointer is not None:
+                self.checkpointer.prepare(self.state_dict())
+
+    # ---- what does not go well ---------------------------------------------------------------------------------------
+
+    def agree(self) -> Decision:
+        """What all ranks do next. Collective; refused steps are reported here, and too many of them undone."""
+        refused = self.guard.read()
+        if refused.steps:
+            self.report(refused)
+        decision = self.stop.agreed(Decision.ROLL_BACK if self.guard.wants_rollback(refused) else Decision.CONTINUE)
+        if decision is Decision.ROLL_BACK:
+            first = refused.steps[-1] - refused.in_a_row + 1
+            cause = (
+                f"{refused.in_a_row} steps in a row, from step {first} on, had a loss or gradient that is not finite"
+            )
+            self.roll_back(cause, before=first)
+            decision = self.stop.agreed()
+        return decision
+
+    def report(self, refused: Refused) -> None:
+        """Name the refused steps, the ranks whose loss was not finite in them, and the samples they held. Collective."""
+        by_rank = distributed.gather_objects(refused.mine)
+        ranks = [rank for rank, steps in enumerate(by_rank) if steps]
+        self.telemetry.log(
+            "refused", step=self.progress.step, steps=refused.steps, ranks=ranks, in_a_row=refused.in_a_row
+        )
+        if self.world.is_main:
+            for step in refused.steps:
+                ranks = [rank for rank, steps in enumerate(by_rank) if step in steps]
+                write_refused_samples(self.directory, step, self.plan, self.train_loader, self.cfg, ranks)
+
+    def on_collapse(self, loss: float) -> None:
+        cause = f"the model has collapsed: loss {loss:.4f} is that of a blind guess, after {self.guard.lowest_loss:.4f}"
+        if self.cfg.guard.collapse_policy == "stop":
+            raise TrainingFailed(f"{cause}; lower optimizer.lr, or set guard.collapse_policy=rollback")
+        if self.cfg.guard.collapse_policy == "rollback":
+            self.roll_back(cause, before=self.guard.collapse_began - self.cfg.trainer.log_every_steps)
+        else:
+            self.telemetry.log("warning", message=cause)
+
+    def roll_back(self, cause: str, *, before: int) -> None:
+        """Weights, EMA and optimizer as the newest good checkpoint up to step `before` has them; the data goes on."""
+        self.guard.roll_back(cause)
+        path = distributed.on_main(self.world, lambda: self.good_checkpoint(before))
+        if path is None:
+            raise TrainingFailed(f"{cause}, and there is no good checkpoint from before to go back to")
+        self.load_weights(checkpoint.load(path))
+        self.telemetry.log("rollback", step=self.progress.step, to=path.name, cause=cause)
+        self.save(wait=True, again=True)
+
+    def good_checkpoint(self, before: int) -> Path | None:
+        self.checkpointer.finish()
+        return checkpoint.newest_valid(
+            self.directory / "checkpoints", accept=lambda r: r["step"] <= before and is_good(r)
+        )[0]
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -234,50 +315,45 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": self.progress.state_dict(),
+            "guard": self.guard.state_dict(),
+            "plan": {
+                "global_batch_size": self.plan.global_batch_size,
+                "steps_per_epoch": self.train_loader.steps_per_epoch,
+            },
             "eval": self.last_eval,
             "config": self.config,  # not state: so that the file alone says what it is
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the state is that of another model or optimizer, naming what differs."""
-        check_same_tensors(self.raw_model.state_dict(), state["model"])
+        self.load_weights(state)
+        self.guard.load_state_dict(state["guard"])
+        self.progress.load_state_dict(state["progress"])
+        self.progress.move(
+            state["plan"], steps_per_epoch=self.train_loader.steps_per_epoch, batch=self.plan.global_batch_size
+        )
+        self.last_eval = dict(state["eval"])
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        checkpoint.check_same_tensors(self.raw_model.state_dict(), state["model"])
         self.raw_model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"] if state["ema"] is not None else state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.progress.load_state_dict(state["progress"])
-        self.last_eval = dict(state["eval"])
 
-    def save(self, wait: bool = False) -> None:
-        """Rank 0 writes; with `wait` every rank returns only when the checkpoint is on disk."""
+    def save(self, *, wait: bool = False, again: bool = False) -> None:
+        """Rank 0 writes; with `wait` every rank returns only when the checkpoint is on disk. again: even if it is already."""
         if self.checkpointer is not None:
-            if self.checkpointer.last_saved_step != self.progress.step:
-                current = self.last_eval if self.last_eval.get("step") == self.progress.step else {}
-                record = {
-                    "samples_seen": self.progress.samples_seen,
-                    "epoch": self.epoch,
-                    "epoch_finished": self.epoch if self.at_epoch_end else None,
-                    "score": current.get("eval/ema_top1", current.get("eval/top1")),
-                    "metrics": current,
-                }
-                self.checkpointer.save(self.state_dict(), step=self.progress.step, record=record, wait=wait)
-            elif wait:
-                self.checkpointer.finish()
+            self.watchdog.beat(self.progress.step, "checkpoint")
+            current = self.last_eval if self.last_eval.get("step") == self.progress.step else {}
+            record = {
+                "samples_seen": self.progress.samples_seen,
+                "epoch": self.epoch,
+                "epoch_finished": self.epoch if self.at_epoch_end else None,
+                "score": current.get("eval/ema_top1", current.get("eval/top1")),
+                "metrics": current,
+            }
+            self.checkpointer.save(self.state_dict(), step=self.progress.step, record=record, wait=wait, again=again)
         if wait:
             distributed.barrier()
-
-
-def check_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    problems = [f"  missing: {k}" for k in ours if k not in theirs] + [f"  unknown: {k}" for k in theirs if k not in ours]
-    problems += [
-        f"  {k}: the checkpoint has {tuple(theirs[k].shape)}, the model {tuple(v.shape)}"
-        for k, v in ours.items()
-        if k in theirs and theirs[k].shape != v.shape
-    ]
-    if problems:
-        more = [f"  ... and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise ValueError(
-            "the checkpoint is of another model:\n" + "\n".join(problems[:10] + more) + "\nnothing was overwritten; give the "
-            "settings the run was started with (config.yaml in the run directory), or start another with run_name=NAME"
-        )

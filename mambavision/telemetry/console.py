@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_STRAGGLES = 1.5  # a rank that takes this many times the median is worth a line
 
 
 class ConsoleSink:
@@ -29,10 +32,14 @@ class ConsoleSink:
 
     def _show_start(self, f: dict) -> None:
         self._print(f"run       {f['run_directory']}")
-        self._print(f"model     {f['model']}  {f['parameters']:,} parameters, {f['num_classes']} classes, scan: {f['scan_backend']}")
+        self._print(
+            f"model     {f['model']}  {f['parameters']:,} parameters, {f['num_classes']} classes, scan: {f['scan_backend']}"
+        )
         self._print(f"data      {f['train_images']:,} training and {f['eval_images']:,} evaluation images")
         self._print(f"batch     {f['batch_plan']}")
-        self._print(f"plan      {f['steps_per_epoch']} steps an epoch, {f['total_steps']:,} steps, {f['precision']} on {f['device']}")
+        self._print(
+            f"plan      {f['steps_per_epoch']} steps an epoch, {f['total_steps']:,} steps, {f['precision']} on {f['device']}"
+        )
         if f.get("resumed_from"):
             self._print(f"resume    {f['resumed_from']}, step {f['step']}")
         if self.progress is not None:
@@ -63,6 +70,24 @@ class ConsoleSink:
             f"{f['eval/images']:,} images, {f['eval/img_per_sec']:,.0f} img/s"
         )
 
+    def _show_ranks(self, f: dict) -> None:
+        slowest = max(range(len(f["hosts"])), key=lambda r: f["own_seconds"][r])
+        median = statistics.median_low(f["own_seconds"])
+        if f["own_seconds"][slowest] > _STRAGGLES * median:
+            self._print(
+                f"slow      rank {slowest} on {f['hosts'][slowest]} takes {1000 * f['own_seconds'][slowest]:.0f} ms a step "
+                f"({1000 * f['data_seconds'][slowest]:.0f} ms of them waiting for data), the others {1000 * median:.0f} ms"
+            )
+
+    def _show_refused(self, f: dict) -> None:
+        ranks = f" on rank {', '.join(map(str, f['ranks']))}" if f["ranks"] else ""
+        self._print(
+            f"warning   {len(f['steps'])} steps up to {f['step']} were not finite{ranks} and changed nothing; samples: nonfinite/"
+        )
+
+    def _show_rollback(self, f: dict) -> None:
+        self._print(f"warning   back to {f['to']}, data goes on at step {f['step']}: {f['cause']}")
+
     def _show_checkpoint_failed(self, f: dict) -> None:
         self._print(f"warning   {f['path']} could not be written, training goes on: {f['cause']}")
 
@@ -72,7 +97,7 @@ class ConsoleSink:
         cause = f" ({f['cause']})" if f.get("cause") else ""
         self._print(f"{f['status']:<9} at step {f['step']}{cause}: {f['run_directory']}")
 
-    def close(self) -> None:
+    def close(self, *, in_a_hurry: bool = False) -> None:
         if self.progress is not None:
             self.progress.stop()
 

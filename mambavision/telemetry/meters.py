@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import socket
+import statistics
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambavision.distributed import is_distributed, sum_over_ranks
+from mambavision.distributed import gather_objects, gather_rows
 
 
 class StepMeters:
     """Loss, gradient norm and time since the last flush. `flush` is the only place that reads device values."""
 
     def __init__(self, device: torch.device):
+        """Collective: the ranks tell each other their hosts."""
         self.device = device
+        self.hosts: list[str] = gather_objects(socket.gethostname())
+        self.by_rank: dict[str, Any] = {}
+        self.step_loss = torch.zeros((), device=device)
         self.reset()
 
     def reset(self) -> None:
@@ -23,30 +30,61 @@ class StepMeters:
         self.steps = 0
         self.images = 0
         self.data_seconds = 0.0
+        self.own_seconds = 0.0  # of steps, up to the last micro-batch's backward: until there no rank waits for another
+        self.own_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.start = time.perf_counter()
 
+    def begin_step(self) -> None:
+        self.step_loss = torch.zeros((), device=self.device)
+        self.step_start, self.own_end = self._now(), None
+
     def add_loss(self, loss: Tensor) -> None:
-        """A micro-batch's share of the step's loss (already divided by the accumulation steps)."""
-        self.loss_sum += loss.detach()
+        """A micro-batch's share of the step's loss (already divided by the accumulation steps); called before its backward."""
+        self.step_loss += loss.detach()
+        self.own_end = self._now()
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def add_step(self, grad_norm: Tensor, images: int) -> None:
+        self.loss_sum += self.step_loss
         self.grad_norm_sum += grad_norm
         self.steps += 1
         self.images += images
+        if self.device.type == "cuda":
+            self.own_events.append((self.step_start, self.own_end))
+        else:
+            self.own_seconds += self.own_end - self.step_start
 
-    def flush(self, world_size: int) -> dict[str, float]:
-        """Means over the steps since the last flush and over ranks; images and speed are the whole job's. Collective."""
+    def flush(self) -> dict[str, float]:
+        """Means over the steps since the last flush and over ranks; images and speed are the whole job's. Collective.
+
+        by_rank then tells for each rank, per step, the seconds of its own work (waiting for data included, waiting for
+        other ranks not) and of waiting for data.
+        """
         steps = max(self.steps, 1)
-        mine = torch.stack([self.loss_sum, self.grad_norm_sum]).double().cpu()
-        mine = torch.cat([mine, torch.tensor([self.data_seconds], dtype=torch.float64)])
-        loss, grad_norm, data_seconds = (sum_over_ranks(mine) / (world_size if is_distributed() else 1)).tolist()
-        seconds = time.perf_counter() - self.start
+        values = torch.stack([self.loss_sum, self.grad_norm_sum]).double().cpu()
+        own_seconds = self.own_seconds + sum(start.elapsed_time(end) for start, end in self.own_events) / 1000
+        rows = (
+            gather_rows(torch.cat([values, torch.tensor([self.data_seconds, own_seconds], dtype=torch.float64)]))
+            / steps
+        )
+        loss, grad_norm, data_seconds, _ = rows.mean(0).tolist()
+        seconds = (time.perf_counter() - self.start) / steps
+        own = rows[:, 3].tolist()
+        self.by_rank = {"hosts": self.hosts, "own_seconds": own, "data_seconds": rows[:, 2].tolist()}
         result = {
-            "train/loss": loss / steps,
-            "train/grad_norm": grad_norm / steps,
-            "speed/img_per_sec": self.images / seconds,
-            "speed/step_seconds": seconds / steps,
+            "train/loss": loss,
+            "train/grad_norm": grad_norm,
+            "speed/img_per_sec": self.images / (seconds * steps),
+            "speed/step_seconds": seconds,
             "speed/data_wait_fraction": data_seconds / seconds,
+            "speed/slowest_rank": own.index(max(own)),
+            "speed/slowest_rank_ratio": max(own) / max(statistics.median_low(own), 1e-9),
         }
         self.reset()
         return result

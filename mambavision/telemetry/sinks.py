@@ -5,7 +5,9 @@ An event is a name and a flat dict: `start`, `train`, `eval`, `checkpoint`, `sto
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import threading
 import time
@@ -16,7 +18,7 @@ from typing import Any, Protocol
 class Sink(Protocol):
     def log(self, event: str, fields: dict[str, Any]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, in_a_hurry: bool = False) -> None: ...
 
 
 class Telemetry:
@@ -24,16 +26,18 @@ class Telemetry:
 
     def __init__(self, sinks: list[Sink]):
         self.sinks = sinks
-        self.lock = threading.Lock()  # the checkpoint writer logs from its own thread
+        # The checkpoint writer, the watchdog and W&B log from their own threads, sinks from within log.
+        self.lock = threading.RLock()
 
     def log(self, event: str, **fields: Any) -> None:
         with self.lock:
             for sink in self.sinks:
                 sink.log(event, fields)
 
-    def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+    def close(self, *, in_a_hurry: bool = False) -> None:
+        """in_a_hurry: the launcher is about to kill; do not wait for a network."""
+        for sink in reversed(self.sinks):  # metrics.jsonl last: it takes the others' last words
+            sink.close(in_a_hurry=in_a_hurry)
 
 
 class JsonlSink:
@@ -48,8 +52,10 @@ class JsonlSink:
     def log(self, event: str, fields: dict[str, Any]) -> None:
         line = json.dumps({"event": event, "time": round(time.time(), 3), **{k: _plain(v) for k, v in fields.items()}})
         try:
-            if self.file is None:
+            if self.file is None or not self._still_there():
                 self.file = open(self.path, "a")
+                if _ends_in_mid_line(self.path):
+                    self.file.write("\n")  # a kill has cut a line short; the next one must not be lost with it
             self.file.write(line + "\n")
             self.file.flush()
         except OSError as error:
@@ -57,12 +63,28 @@ class JsonlSink:
             self.file = None
             if time.monotonic() - self.last_warning > 60 or self.lost == 1:
                 self.last_warning = time.monotonic()
-                print(f"warning: {self.path} cannot be written ({error.strerror}); {self.lost} lines lost so far", file=sys.stderr)
+                print(
+                    f"warning: {self.path} cannot be written ({error.strerror}); {self.lost} lines lost so far",
+                    file=sys.stderr,
+                )
 
-    def close(self) -> None:
+    def _still_there(self) -> bool:
+        """Whether the open file is the one the path names; a directory may have been moved or mounted anew."""
+        return self.path.exists() and os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+
+    def close(self, *, in_a_hurry: bool = False) -> None:
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what could not be flushed has been reported
+                self.file.close()
             self.file = None
+
+
+def _ends_in_mid_line(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _plain(value: Any) -> Any:

@@ -7,27 +7,42 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mambavision.config import LoggerConfig
+from mambavision.run_dir import write_atomically
 
 _QUEUE_EVENTS = 10_000
-_CLOSE_SECONDS = 30.0
+_CLOSE_SECONDS, _CLOSE_HURRIED_SECONDS = 30.0, 3.0
 _SENT_EVENTS = ("train", "eval")
+_GRACE_SECONDS = 15.0  # after init_timeout_seconds, for W&B's own retries and the step to offline
+_FAILURES_IN_A_ROW = 20  # of log calls, after which W&B is left alone
+_WARNING_SECONDS = 60.0
 
 
 class WandbSink:
-    def __init__(self, cfg: LoggerConfig, directory: Path, run_name: str, config: dict[str, Any], last_step: int):
-        """last_step: the newest step that earlier starts of this run have logged; only later ones are sent."""
-        self.cfg, self.directory, self.run_name, self.config = cfg, directory, run_name, config
-        self.last_step = {event: last_step for event in _SENT_EVENTS}
+    def __init__(
+        self,
+        cfg: LoggerConfig,
+        directory: Path,
+        run_name: str,
+        config: dict[str, Any],
+        last_step: dict[str, int],
+        warn: Callable[[str], None],
+    ):
+        """last_step: event -> the newest step that earlier starts of this run have logged; only later ones are sent."""
+        self.cfg, self.directory, self.run_name, self.config, self.warn_run = cfg, directory, run_name, config, warn
+        self.last_step = {event: last_step.get(event, -1) for event in _SENT_EVENTS}
         self.events: queue.Queue = queue.Queue(_QUEUE_EVENTS)
         self.dropped = 0
-        self.warned = False
+        self.last_warning = float("-inf")
+        self.created = time.monotonic()
+        self.progress = "starting"  # starting | logging | failed
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self.thread.start()
 
@@ -35,36 +50,63 @@ class WandbSink:
         if event not in _SENT_EVENTS or fields["step"] <= self.last_step[event]:
             return
         self.last_step[event] = fields["step"]
+        waiting = time.monotonic() - self.created
+        if self.progress == "starting" and waiting > self.cfg.init_timeout_seconds + _GRACE_SECONDS:
+            self._warn(f"W&B has not started within {waiting:.0f} s; training does not wait for it")
         values = {k: v for k, v in fields.items() if isinstance(v, (int, float))}
         try:
             self.events.put_nowait((event, values))
         except queue.Full:
             self.dropped += 1
+            self._warn(f"W&B does not keep up: {self.dropped} events dropped; metrics.jsonl has them all")
 
-    def close(self) -> None:
+    def close(self, *, in_a_hurry: bool = False) -> None:
         """Wait a bounded time for what is queued; what W&B has not taken by then is in metrics.jsonl."""
+        seconds = _CLOSE_HURRIED_SECONDS if in_a_hurry else _CLOSE_SECONDS
         try:
             self.events.put_nowait(None)
         except queue.Full:
             self.dropped += 1
-        self.thread.join(_CLOSE_SECONDS)
+        self.thread.join(seconds)
         if self.thread.is_alive() or self.dropped:
-            waiting = self.events.qsize() + self.dropped
-            self._warn(f"W&B did not take {waiting} events within {_CLOSE_SECONDS:.0f} s; metrics.jsonl has them all")
+            self.last_warning = float("-inf")
+            missing = self.dropped + self.events.qsize()
+            self._warn(
+                f"W&B was still busy after {seconds:.0f} s: {missing} events not sent; metrics.jsonl has them all"
+            )
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether W&B's own threads may keep the process from ending."""
+        return self.thread.is_alive()
 
     def _work(self) -> None:
         try:
             run = self._start()
+            self.progress = "logging"
+            failures = 0
             while (item := self.events.get()) is not None:
-                event, values = item
-                run.log(values)
-                if event == "eval":
-                    self._summarise(run, values)
+                try:
+                    self._send(run, *item)
+                    failures = 0
+                except Exception as error:
+                    failures, self.dropped = failures + 1, self.dropped + 1
+                    if failures >= _FAILURES_IN_A_ROW:
+                        raise
+                    self._warn(f"W&B did not take an event ({_first_line(error)}); metrics.jsonl has it")
             run.finish()
         except Exception as error:  # an observer may fail in any way it likes; the run does not notice
-            self._warn(f"W&B failed ({type(error).__name__}: {error}); training goes on, metrics.jsonl has everything")
+            self.progress = "failed"
+            self._warn(
+                f"W&B failed ({type(error).__name__}: {_first_line(error)}); training goes on, metrics.jsonl has everything"
+            )
             while self.events.get() is not None:
                 pass
+
+    def _send(self, run: Any, event: str, values: dict[str, float]) -> None:
+        run.log(values)
+        if event == "eval":
+            self._summarise(run, values)
 
     def _start(self) -> Any:
         import wandb
@@ -74,7 +116,9 @@ class WandbSink:
             try:
                 return self._init(wandb, "online")
             except Exception as error:  # no network, no server, a refused key: all end in the offline mode
-                self._warn(f"W&B is out of reach ({_first_line(error)}); logging offline, see docs/quickstart.md for the sync command")
+                self._warn(
+                    f"W&B is out of reach ({_first_line(error)}); logging offline, scripts/inspect_run.py tells how to sync"
+                )
                 wandb.teardown()
         return self._init(wandb, "offline")
 
@@ -111,13 +155,14 @@ class WandbSink:
     def _run_id(self) -> str:
         path = self.directory / "wandb_run_id"
         if not path.exists():
-            path.write_text(uuid.uuid4().hex[:8])
+            write_atomically(path, uuid.uuid4().hex[:8])
         return path.read_text().strip()
 
     def _warn(self, message: str) -> None:
-        if not self.warned:
-            self.warned = True
-            print(f"warning   {message}", file=sys.stderr)
+        """At most one a minute."""
+        if time.monotonic() - self.last_warning >= _WARNING_SECONDS:
+            self.last_warning = time.monotonic()
+            self.warn_run(message)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,84 @@
+"""Which rank failed first, and why: each failing rank leaves a note, rank 0 reads them before it says how the run ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+import traceback
+from pathlib import Path
+
+from mambavision.distributed import World
+from mambavision.engine.watchdog import read_heartbeats
+from mambavision.run_dir import write_atomically
+
+_CONSEQUENCES = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_WAIT_SECONDS = 1.0  # for notes of ranks that failed in the same moment
+
+
+def leave_note(directory: Path, world: World, error: BaseException, step: int) -> None:
+    record = {
+        "time": time.time(),
+        "rank": world.rank,
+        "host": socket.gethostname(),
+        "step": step,
+        "cause": f"{type(error).__name__}: {error}",
+        "consequence": is_consequence(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    with contextlib.suppress(OSError):  # the directory may be what failed
+        (directory / "failures").mkdir(exist_ok=True)
+        write_atomically(directory / "failures" / f"rank_{world.rank:05d}.json", json.dumps(record, indent=1) + "\n")
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether the error only says that another rank is gone."""
+    text = str(error)
+    return (
+        type(error).__name__ in _CONSEQUENCES or "gloo" in text or "NCCL" in text or "Connection closed by peer" in text
+    )
+
+
+def first_cause(directory: Path, world: World, error: BaseException, since: float, *, silent_seconds: float) -> str:
+    """The cause of the rank that failed first; the own error if no other is known to have."""
+    own = f"{type(error).__name__}: {error}"
+    if world.world_size == 1 or not is_consequence(error):
+        return own
+    time.sleep(_WAIT_SECONDS)
+    notes = [n for n in _notes(directory) if n["time"] >= since and not n["consequence"]]
+    if notes:
+        first = min(notes, key=lambda n: n["time"])
+        return f"rank {first['rank']} on {first['host']} at step {first['step']}: {first['cause']}"
+    gone = [
+        f"rank {b['rank']} on {b['host']} (pid {b['pid']}) is gone since step {b['step']} without a word: killed, out of memory?"
+        for b in read_heartbeats(directory)
+        if b["rank"] < world.world_size and b["host"] == socket.gethostname() and not _alive(b["pid"])
+    ]
+    frozen = [
+        f"rank {b['rank']} on {b['host']} (pid {b['pid']}) has been silent since step {b['step']}"
+        for b in read_heartbeats(directory)
+        if b["rank"] < world.world_size and time.time() - b["time"] > silent_seconds and b["rank"] != world.rank
+    ]
+    return f"{'; '.join(gone or frozen)} ({own})" if gone or frozen else own
+
+
+def _notes(directory: Path) -> list[dict]:
+    notes = []
+    for path in (directory / "failures").glob("rank_*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            notes.append(json.loads(path.read_text()))
+    return notes
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    return True

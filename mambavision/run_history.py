@@ -1,0 +1,93 @@
+"""What has happened to a run so far, read from its metrics.jsonl and heartbeats: starts, ends, causes, lost work."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mambavision.engine.watchdog import read_heartbeats
+from mambavision.telemetry.sinks import read_events
+
+
+@dataclass
+class Start:
+    """From one start of the run to the next."""
+
+    time: float
+    step: int  # where it began
+    resumed_from: str | None
+    world_size: int
+    last_step: int = 0  # the newest step that is known to have been done
+    last_time: float = 0.0
+    saved_step: int = 0  # the newest checkpoint
+    ending: str = "killed"  # finished, preempted, failed; killed where it could not say anything
+    cause: str | None = None
+    lost_steps: int = 0  # done, but done again by the next start
+    useful_seconds: float = 0.0  # spent on steps that counted
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+
+def starts(directory: Path) -> list[Start]:
+    """Oldest first."""
+    found: list[Start] = []
+    for event in read_events(directory / "metrics.jsonl"):
+        if event["event"] == "start":
+            found.append(Start(event["time"], event["step"], event.get("resumed_from"), event.get("world_size", 1)))
+            found[-1].last_step = found[-1].saved_step = event["step"]
+        if not found:
+            continue
+        start = found[-1]
+        start.events.append(event)
+        start.last_time = event["time"]
+        start.last_step = max(start.last_step, event.get("step") or 0)
+        if event["event"] == "checkpoint":
+            start.saved_step = event["step"]
+        elif event["event"] == "stop":
+            start.ending, start.cause = event["status"], event.get("cause")
+    _add_heartbeats(found, directory)
+    for start, following in zip(found, found[1:]):
+        start.lost_steps = max(0, start.last_step - following.step)
+    for start in found:
+        done = start.last_step - start.step
+        start.useful_seconds = (start.last_time - start.time) * ((done - start.lost_steps) / done if done else 0.0)
+    return found
+
+
+def _add_heartbeats(found: list[Start], directory: Path) -> None:
+    """The last start's heartbeats know steps that were never logged, and whether it still runs."""
+    beats = [b for b in read_heartbeats(directory) if found and b["time"] >= found[-1].time]
+    if beats:
+        last = found[-1]
+        last.last_step = max(last.last_step, *(b["step"] for b in beats))
+        last.last_time = max(last.last_time, *(b["time"] for b in beats))
+        if last.ending == "killed" and time.time() - max(b["time"] for b in beats) < 60:
+            last.ending = "running"
+
+
+def starts_without_progress(directory: Path, step: int) -> list[Start]:
+    """The newest starts that began at `step` and ended by a fault before they had saved anything newer.
+
+    A stop on notice is no fault, and a start that was refused for this very reason begins the count anew.
+    """
+    counted: list[Start] = []
+    for start in reversed(starts(directory)):
+        if start.step != step or start.saved_step > step or (start.cause or "").startswith(NO_PROGRESS):
+            break
+        if start.ending not in ("preempted", "finished"):
+            counted.append(start)
+    return counted
+
+
+NO_PROGRESS = "no progress"
+
+
+def no_progress_message(counted: list[Start], step: int, steps_per_epoch: int) -> str:
+    reached = max(s.last_step for s in counted)
+    causes = "; ".join(dict.fromkeys(s.cause or "killed without a word" for s in counted))
+    return (
+        f"{NO_PROGRESS}: the last {len(counted)} starts all began at step {step} and ended by a fault at step {reached} at the latest "
+        f"(epoch {reached // steps_per_epoch}, step {reached % steps_per_epoch} of it) without a newer checkpoint. Causes: {causes}. "
+        "Mend the cause, then repeat the command"
+    )

@@ -1,0 +1,163 @@
+"""One process at a time owns a run directory: a lock file with host, pid and heartbeat, taken over once its owner is gone.
+
+Works over a shared file system without lock service: a hard link makes the file appear complete and at once, and its
+time of change, kept fresh by the owner, tells whether an owner on another host still lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+_STALE_BEATS = 3  # an owner elsewhere that misses so many heartbeats is gone
+
+
+class LockLost(OSError):
+    """Another process has taken the run directory over, so this one must not write there any more."""
+
+
+class RunLock:
+    def __init__(self, directory: Path, heartbeat_seconds: float):
+        self.path = directory / "LOCK"
+        self.heartbeat_seconds = heartbeat_seconds
+        self.token = uuid.uuid4().hex
+        self.held = False
+
+    def acquire(self) -> str | None:
+        """Take the lock. Returns whom it was taken over from, None if nobody.
+
+        Raises:
+            ValueError: a living process holds it; names its host and pid. Takes up to three heartbeats to find out.
+        """
+        taken_from = None
+        while not self._create():
+            owner = self._read()
+            if owner is None:  # released in this instant, or torn; look again
+                time.sleep(0.05)
+                continue
+            self._check_gone(owner)
+            self._remove(owner)
+            taken_from = f"pid {owner['pid']} on {owner['host']}"
+        self.held = True
+        return taken_from
+
+    def _create(self) -> bool:
+        record = {"host": socket.gethostname(), "pid": os.getpid(), **_process_identity(os.getpid())}
+        temporary = self.path.with_name(f"LOCK.{self.token}.tmp")
+        temporary.write_text(json.dumps({**record, "token": self.token, "since": time.time()}) + "\n")
+        try:
+            os.link(temporary, self.path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            return self._create_exclusively(temporary.read_text())
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def _create_exclusively(self, text: str) -> bool:
+        try:
+            with open(self.path, "x") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+        return True
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.path.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _check_gone(self, owner: dict[str, Any]) -> None:
+        """Returns when the owner cannot be alive any more, raises ValueError when it is."""
+        mine = _process_identity(os.getpid())
+        if owner["host"] == socket.gethostname() and all(owner.get(k) == mine[k] for k in ("boot", "pid_namespace")):
+            # Its pid can be looked up; the start time tells it from a later process with the same number.
+            if not _is_alive(owner):
+                return
+        else:
+            # On another host a heartbeat decides: one more of them means alive, none for three means gone.
+            first, deadline = self._changed(), time.monotonic() + _STALE_BEATS * self.heartbeat_seconds
+            while time.monotonic() < deadline and self._changed() == first:
+                time.sleep(min(0.2, self.heartbeat_seconds / 4))
+            if self._changed() == first:
+                return
+        raise ValueError(
+            f"{self.path.parent} is in use by another training: pid {owner['pid']} on {owner['host']}, since "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(owner['since']))}. Stop that one first (create "
+            f"{self.path.parent / 'STOP'}), or start another run with run_name=NAME"
+        )
+
+    def _changed(self) -> float | None:
+        try:
+            return self.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def _remove(self, owner: dict[str, Any]) -> None:
+        """Of several who see the same dead owner only one may remove its lock, and nobody a newer one."""
+        aside = self.path.with_name(f"LOCK.{self.token}.tmp")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return
+        moved = json.loads(aside.read_text())
+        if moved["token"] != owner["token"]:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, self.path)  # somebody else had been faster: give it back
+        aside.unlink()
+
+    def refresh(self) -> None:
+        """A heartbeat. Raises LockLost if the lock has been taken over."""
+        self.check()
+        with contextlib.suppress(OSError):  # a full or absent disk: the next heartbeat tries again
+            os.utime(self.path)
+
+    def check(self) -> None:
+        """Raises LockLost if the lock is not ours any more; an unreadable one is given the benefit of the doubt."""
+        if not self.held:
+            return
+        owner = self._read()
+        if owner is not None and owner["token"] != self.token:
+            self.held = False
+            raise LockLost(
+                f"{self.path.parent} was taken over by pid {owner['pid']} on {owner['host']}; this process stops writing"
+            )
+
+    def release(self) -> None:
+        owner = self._read()
+        if self.held and owner is not None and owner["token"] == self.token:
+            self.path.unlink(missing_ok=True)
+        self.held = False
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    if owner["started"] is not None:
+        return _process_identity(owner["pid"])["started"] == owner["started"]
+    try:  # no /proc
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _process_identity(pid: int) -> dict[str, Any]:
+    """What tells a process from all others of a host: boot, pid namespace and start time; empty values where unknown."""
+    identity: dict[str, Any] = {"boot": None, "pid_namespace": None, "started": None}
+    with contextlib.suppress(OSError):
+        identity["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        identity["pid_namespace"] = os.readlink("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        if fields[0] not in "ZX":  # a zombie is dead
+            identity["started"] = int(fields[19])
+    return identity

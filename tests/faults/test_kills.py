@@ -1,0 +1,112 @@
+"""Processes that die: in a step, in a save, in an evaluation; and runs that die again and again."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from harness import STEPS, Trainer, newest, state_hash, valid_steps
+
+pytestmark = pytest.mark.faults
+DRAWS = random.Random(5)
+
+
+@pytest.mark.parametrize(
+    ("step", "rank"), [(1, 0)] + [(DRAWS.randrange(2, STEPS), DRAWS.randrange(2)) for _ in range(4)]
+)
+def test_a_killed_rank_ends_the_job_and_the_same_command_continues_to_the_same_weights(
+    train: Trainer, reference: str, step: int, rank: int
+) -> None:
+    killed = train.start("run", fault=f"kill@{step}:{rank}")
+    assert killed.wait() == 1
+    end = time.time()
+    assert end - max(b["time"] for b in killed.heartbeats if b["rank"] == rank) < 10
+    if rank == 1:
+        assert killed.status["status"] == "failed"
+        assert f"is gone since step {step}" in killed.status["cause"] or f"step {step - 1}" in killed.status["cause"]
+    saved = valid_steps(killed.directory)
+    assert step - (max(saved) if saved else 0) <= 5, "more than one checkpoint interval is lost"
+    assert train.run("run").code == 0
+    assert state_hash(killed.directory) == reference
+
+
+def test_a_lost_node_leaves_no_lock_and_loses_at_most_one_interval(train: Trainer, reference: str) -> None:
+    lost = train.start("run")
+    lost.wait_for_step(12)
+    lost.kill()
+    lost.wait()
+    assert (lost.directory / "LOCK").exists()
+    assert max(valid_steps(lost.directory)) >= 8
+    again = train.run("run")
+    assert again.code == 0
+    assert "taken over" in again.output
+    assert state_hash(again.directory) == reference
+
+
+@pytest.mark.parametrize("place", ["copy", "open", "payload", "fsync", "rename", "retain", "saved"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(train: Trainer, place: str) -> None:
+    killed = train.run("run", fault=f"kill@15/{place}", ranks=1)
+    assert killed.code != 0
+    expected = 15 if place in ("retain", "saved") else 10
+    assert max(valid_steps(killed.directory)) == expected
+    again = train.run("run", "trainer.max_steps=16", ranks=1)
+    assert again.code == 0
+    assert again.events("start")[-1]["resumed_from"] == f"step_{expected:08d}.pt"
+    assert not list((again.directory / "checkpoints").glob("*.tmp"))
+
+
+def test_a_run_killed_in_its_last_evaluation_makes_up_for_it(train: Trainer, reference: str) -> None:
+    killed = train.run("run", fault=f"kill@{STEPS}:0/evaluate")
+    assert killed.code == 1
+    assert [e["step"] for e in killed.events("eval")] == [8, 16]
+    again = train.run("run")
+    assert again.code == 0
+    assert [e["step"] for e in again.events("eval")] == [8, 16, STEPS]
+    assert state_hash(again.directory) == reference
+
+
+@pytest.mark.parametrize("fault", ["raise", "exit"])
+def test_one_rank_that_gives_up_takes_the_job_down_and_is_named(train: Trainer, fault: str) -> None:
+    failed = train.start("run", fault=f"{fault}@7:1")
+    failed.wait()
+    assert failed.code == 1
+    assert time.time() - max(b["time"] for b in failed.heartbeats if b["rank"] == 1) < 10
+    assert failed.status["status"] == "failed"
+    assert failed.status["cause"].startswith("rank 1 on ")
+    assert ("ordered fault at step 7" if fault == "raise" else "is gone since step") in failed.status["cause"]
+
+
+def test_first_evaluation_after_a_resume_scores_the_same_ema(train: Trainer, uninterrupted, reference: str) -> None:
+    train.run("run", fault="kill@14")
+    again = train.run("run")
+    undisturbed = {e["step"]: e for e in uninterrupted.events("eval")}
+    score = next(e for e in again.events("eval") if e["step"] == 16)
+    assert score["eval/ema_loss"] == undisturbed[16]["eval/ema_loss"]
+    assert score["eval/loss"] == undisturbed[16]["eval/loss"]
+
+
+def test_a_crash_loop_ends_after_three_starts_and_says_at_which_step(train: Trainer) -> None:
+    for _ in range(3):
+        assert train.run("run", fault="kill@7", ranks=1).code != 0
+    stopped = train.run("run", ranks=1)
+    assert stopped.code == 2
+    assert stopped.status["status"] == "failed"
+    assert "no progress: the last 3 starts all began at step 5" in stopped.status["cause"]
+    assert "ended by a fault at step 7" in stopped.status["cause"] or "at step 6" in stopped.status["cause"]
+    mended = train.run("run", ranks=1)  # whoever repeats the command by hand gets a fresh budget
+    assert mended.code == 0
+
+
+def test_torchrun_survives_the_same_kill(train: Trainer, reference: str) -> None:
+    killed = train.start("run", fault="kill@11:1", torchrun=True)
+    assert killed.wait(150) == 1
+    again = train.start("run", torchrun=True)
+    again.wait_for(lambda: len(again.heartbeats) == 2 and again.heartbeats[0]["step"] >= 14, 100)
+    os.killpg(again.pid, signal.SIGKILL)
+    again.wait()
+    assert train.run("run").code == 0
+    assert state_hash(again.directory) == reference
+    assert newest(again.directory).name == f"step_{STEPS:08d}.pt"
