@@ -77,7 +77,7 @@ def interpret(script: str, *arguments: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -109,16 +109,16 @@ def test_scan_and_its_gradients_equal_the_float64_recurrence():
 @pytest.mark.slow
 def test_scan_equals_the_recurrence_at_more_shapes():
     check_cases(
-        {"shape": [2, 49, 40, 8], "dtype": "float32", "twice": True},
-        {"shape": [3, 37, 41, 8], "dtype": "float32", "multiprocessors": 100},
-        {"shape": [2, 37, 41, 8], "dtype": "bfloat16", "multiprocessors": 2, "twice": True},
+        {"shape": [1, 49, 40, 8], "dtype": "float32"},
+        {"shape": [2, 37, 21, 8], "dtype": "float32", "multiprocessors": 100},
+        {"shape": [1, 37, 21, 8], "dtype": "bfloat16", "multiprocessors": 2},
         {"shape": [2, 21, 24, 8], "dtype": "float16"},
-        {"shape": [2, 9, 20, 16], "dtype": "float32"},
+        {"shape": [2, 9, 20, 16], "dtype": "float32", "twice": True},
         {"shape": [1, 20, 6, 1], "dtype": "float32"},
         {"shape": [1, 10, 6, 64], "dtype": "float32"},
         {"shape": [1, 10, 3, 256], "dtype": "float32"},
-        {"shape": [1, 600, 6, 8], "dtype": "float32", "MINIMUM_CHUNK_TOKENS": 60, "multiprocessors": 100},
-        {"shape": [2, 200, 20, 8], "dtype": "bfloat16", "MINIMUM_CHUNK_TOKENS": 25, "multiprocessors": 9},
+        {"shape": [1, 150, 6, 8], "dtype": "float32", "MINIMUM_CHUNK_TOKENS": 30, "multiprocessors": 100},
+        {"shape": [2, 60, 20, 8], "dtype": "bfloat16", "MINIMUM_CHUNK_TOKENS": 12, "multiprocessors": 9},
     )
 
 
