@@ -59,7 +59,14 @@ def build_train_loader(
 def build_eval_loader(
     data: DataConfig, *, batch_size: int, rank: int = 0, world_size: int = 1, split: str = "val"
 ) -> EvalLoader:
-    """The loader of this rank's share of an evaluation set: each sample on one rank, none padded, none dropped."""
+    """The loader of this rank's share of an evaluation set: each sample on one rank, none padded, none dropped.
+
+    `split` is a folder or file of the data set (val), or one of variants.EVAL_SETS; those come with `loader.eval_set`,
+    which counts right answers where that is more than comparing with the target.
+    """
+    share = dict(batch_size=batch_size, rank=rank, world_size=world_size)
+    if split.startswith("imagenet_"):
+        return _variant_loader(data, split, share)
     if data.source == "synthetic":
         from data.synthetic import DEFAULT_CLASSES, SyntheticEvalLoader
 
@@ -67,16 +74,38 @@ def build_eval_loader(
             data.synthetic_eval_samples,
             num_classes=data.num_classes or DEFAULT_CLASSES,
             image_size=data.image_size,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
+            **share,
         )
     if data.source == "ffcv":
         from data.ffcv_loader import FfcvEvalLoader
 
-        return FfcvEvalLoader(data, batch_size=batch_size, rank=rank, world_size=world_size, split=split)
+        return FfcvEvalLoader(data, split=split, **share)
     if data.source == "folder":
-        from data.folder import FolderEvalLoader
+        from data.folder import FolderEvalLoader, split_source
 
-        return FolderEvalLoader(data, batch_size=batch_size, rank=rank, world_size=world_size, split=split)
+        return FolderEvalLoader(data, split_source(data, split), **share)
     raise ValueError(f"data.source={data.source} is not known; sources are {', '.join(SOURCES)}")
+
+
+def _variant_loader(data: DataConfig, name: str, share: dict[str, int]) -> EvalLoader:
+    from data import variants
+
+    if name not in variants.EVAL_SETS:
+        raise ValueError(f"eval_set={name} is not known; sets are {', '.join(variants.EVAL_SETS)}")
+    if name == "imagenet_real":
+        loader = build_eval_loader(data, **share)
+        names = getattr(loader, "names", None)
+        if not names:
+            raise ValueError(
+                "eval_set=imagenet_real needs the names of the images; write the data with prepare_data.py"
+            )
+        loader.eval_set = variants.real_labels(names)
+        return loader
+    from data.folder import FolderEvalLoader
+
+    if data.path is None:
+        raise ValueError(f"eval_set={name} needs data.path: the directory of the unpacked set")
+    source, eval_set = variants.folder_set(name, data.path)
+    loader = FolderEvalLoader(data, source, **share)
+    loader.eval_set = eval_set
+    return loader

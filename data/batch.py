@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from data.variants import EvalSet
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class EvalLoader(Protocol):
 
     num_samples: int
     num_classes: int
+    eval_set: EvalSet | None = None  # how answers are counted where it is not by the target (data.variants)
 
     def __iter__(self) -> Iterator[Batch]: ...
 

@@ -20,6 +20,7 @@ from PIL import Image
 from data import keyed_random
 from data.beton import JPG, MAX_SIDE, MIN_PAGE_SIZE, RAW, BetonWriter, EncodedImage, open_beton
 from data.datasets import Source
+from data.jpeg_check import jpeg_damage
 from data.manifest import Manifest, manifest_path, verify, write_manifest
 from data.pixels import UNREADABLE, decode
 
@@ -66,6 +67,8 @@ def encode(content: bytes | np.ndarray, settings: WriteSettings, index: int) -> 
     original = None
     if isinstance(content, bytes):
         image, original = decode(content)
+        if damage := jpeg_damage(content):
+            raise ValueError(damage)
     else:
         image = Image.fromarray(content)
     longest = max(image.size)

@@ -19,7 +19,7 @@ from ffcv.loader import Loader
 from PIL import Image
 
 from data.augment import AugmentPlan
-from data.batch import Batch, workers_per_rank
+from data.batch import Batch, EvalLoader, TrainLoader, workers_per_rank
 from data.beton import RAW, Beton, open_beton
 from data.corrupt import CorruptImages
 from data.ffcv_ops import GivenOrder, GuardedIterator, StockAugment, image_pipeline, image_tensor
@@ -85,7 +85,7 @@ def _threads(data: DataConfig) -> int:
     return min(workers, numba.config.NUMBA_NUM_THREADS)
 
 
-class FfcvTrainLoader:
+class FfcvTrainLoader(TrainLoader):
     def __init__(self, data: DataConfig, augment: AugmentConfig, *, seed: int, batches: dict[str, int]):
         self.data, self.augment, self.seed = data, augment, seed
         self.file = BetonFile(data, "train")
@@ -177,11 +177,12 @@ class FfcvTrainLoader:
             self._stock.close()
 
 
-class FfcvEvalLoader:
+class FfcvEvalLoader(EvalLoader):
     """This rank's share of an evaluation file, each sample once; unreadable ones are left out, named and counted."""
 
     def __init__(self, data: DataConfig, *, batch_size: int, rank: int, world_size: int, split: str):
         self.file = BetonFile(data, split)
+        self.names = read_names(self.file.path)
         self.data = data
         self.batch_size = batch_size
         self.rank = rank

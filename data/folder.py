@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import keyed_random
 from data.augment import AugmentPlan
-from data.batch import Batch, workers_per_rank
+from data.batch import Batch, EvalLoader, TrainLoader, workers_per_rank
 from data.corrupt import CorruptImages
 from data.datasets import FolderSource, find_split, list_folder
 from data.order import EpochPlan, eval_indices, resolution_at
@@ -214,10 +214,10 @@ def _close_all() -> None:
         workers.close()
 
 
-class FolderTrainLoader:
+class FolderTrainLoader(TrainLoader):
     def __init__(self, data: DataConfig, augment: AugmentConfig, *, seed: int, batches: dict[str, int]):
         self.data, self.seed = data, seed
-        source = _source(data, "train")
+        source = split_source(data, "train")
         self.plan = EpochPlan(len(source.names), **batches)
         self.num_samples = self.plan.num_samples
         self.num_classes = len(source.classes)
@@ -247,11 +247,11 @@ class FolderTrainLoader:
         self.workers.close()
 
 
-class FolderEvalLoader:
+class FolderEvalLoader(EvalLoader):
     """This rank's share, each sample once; unreadable ones are left out, named and counted."""
 
-    def __init__(self, data: DataConfig, *, batch_size: int, rank: int, world_size: int, split: str):
-        source = _source(data, split)
+    def __init__(self, data: DataConfig, source: FolderSource, *, batch_size: int, rank: int, world_size: int):
+        self.names = source.names
         self.batch_size = batch_size
         self.num_samples = len(source.names)
         self.num_classes = len(source.classes)
@@ -272,7 +272,7 @@ class FolderEvalLoader:
         self.workers.close()
 
 
-def _source(data: DataConfig, split: str) -> FolderSource:
+def split_source(data: DataConfig, split: str) -> FolderSource:
     """A split's images, numbered by the training set's classes where it is there."""
     if data.path is None:
         raise ValueError("data.source=folder needs data.path: a directory with train/ and val/ (or test/)")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data import keyed_random
-from data.batch import Batch
+from data.batch import Batch, EvalLoader, TrainLoader
 from data.order import EpochPlan, eval_indices, resolution_at
 
 PATTERN_SIDE = 8  # cells a side of a class's pattern
@@ -51,7 +51,7 @@ class SyntheticImages:
         )
 
 
-class SyntheticTrainLoader:
+class SyntheticTrainLoader(TrainLoader):
     def __init__(self, plan: EpochPlan, *, num_classes: int, image_size: int, progressive: tuple[int, ...], seed: int):
         self.plan = plan
         self.seed = seed
@@ -74,7 +74,7 @@ class SyntheticTrainLoader:
         """Nothing is held open."""
 
 
-class SyntheticEvalLoader:
+class SyntheticEvalLoader(EvalLoader):
     def __init__(
         self, num_samples: int, *, num_classes: int, image_size: int, batch_size: int, rank: int, world_size: int
     ):
