@@ -66,6 +66,11 @@ class KeyedDecoder(Operation):
         """The epoch whose keys are drawn from now on."""
         self._settings.epoch = epoch
 
+    @property
+    def settings_address(self) -> int:
+        """Where the settings lie: what the library's functions take, and a constant in generated code."""
+        return ctypes.addressof(self._settings)
+
     def take_failures(self) -> list[Failure]:
         """Samples that could not be read since the last call, each noted before its batch is handed out."""
         failures: list[Failure] = []
@@ -105,7 +110,7 @@ class KeyedDecoder(Operation):
     def generate_code(self) -> Callable:
         read, threads = self.memory_read, Compiler.get_iterator()
         decode_image, take_next = self._library.loader_decode, self._library.loader_next
-        settings, num_samples = ctypes.addressof(self._settings), self._settings.num_samples
+        settings, num_samples = self.settings_address, self._settings.num_samples
         num_threads = Compiler.num_threads
 
         def decode(batch_indices, memory, metadata, storage_state):

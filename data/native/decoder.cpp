@@ -39,7 +39,8 @@ Thread &this_thread() {
     return instance;
 }
 
-// Largest power of two by which the decoder may shrink the image and still leave at least the wanted pixels.
+// Largest power of two by which the decoder may shrink the image. It keeps twice the wanted pixels, so that the exact
+// resize still does the last half of the work: the decoder's own shrinking is another filter, sharper than the resize's.
 int dct_denominator(const Span &x, const Span &y) {
     int d = 1;
     while (d < 8 && x.extent >= 4 * d * x.out && y.extent >= 4 * d * y.out) d *= 2;

@@ -9,6 +9,7 @@ namespace loader {
 // Fancy chroma upsampling looks one chroma sample sideways. A crop that libjpeg cuts at a block border has no such
 // neighbour there, so a margin is decoded besides and the pixels come out as those of the whole image.
 constexpr int MARGIN = 2;
+constexpr int PADDING = 64;  // bytes that may lie between the last pixel's data and the end marker; more is lost data
 
 JpegRegion::JpegRegion() {
     info_.err = jpeg_std_error(&errors_.manager);
@@ -35,7 +36,7 @@ void JpegRegion::on_message(j_common_ptr info, int level) {
         case JWRN_BOGUS_ICC:
             return;
         case JWRN_EXTRANEOUS_DATA:
-            if (info->err->msg_parm.i[1] == JPEG_EOI) return;  // padding after the last pixel
+            if (info->err->msg_parm.i[1] == JPEG_EOI && info->err->msg_parm.i[0] <= PADDING) return;
     }
     ((Errors *)info->err)->damaged = true;
 }
@@ -100,9 +101,14 @@ Status JpegRegion::read(uint8_t *first, size_t stride, int count) {
 }
 
 Status JpegRegion::finish() {
-    const bool damaged = errors_.damaged;
+    if (setjmp(errors_.jump)) {
+        jpeg_abort_decompress(&info_);
+        return UNREADABLE;
+    }
+    const bool whole = info_.output_height > 0 && info_.output_scanline >= info_.output_height;
+    if (whole) jpeg_finish_decompress(&info_);  // what follows the last pixel tells whether the data before it was all there
     jpeg_abort_decompress(&info_);
-    return damaged ? DAMAGED : OK;
+    return errors_.damaged ? DAMAGED : OK;
 }
 
 }  // namespace loader
