@@ -20,9 +20,8 @@ from PIL import Image
 from data import keyed_random
 from data.beton import JPG, MAX_SIDE, MIN_PAGE_SIZE, RAW, BetonWriter, EncodedImage, open_beton
 from data.datasets import Source
-from data.jpeg_check import jpeg_damage
 from data.manifest import Manifest, manifest_path, verify, write_manifest
-from data.pixels import UNREADABLE, decode
+from data.pixels import UNREADABLE, read_whole
 
 WRITE_MODES = ("smart", "jpg", "raw", "proportion", "original")
 SMART_RAW_BYTES = 64 * 1024  # smart: an image of at most so many bytes is stored uncompressed (147 px square)
@@ -64,22 +63,20 @@ class UnreadableImage(RuntimeError):
 
 def encode(content: bytes | np.ndarray, settings: WriteSettings, index: int) -> EncodedImage:
     """An image as it is stored. Raises one of pixels.UNREADABLE for bytes that are not a whole image."""
-    original = None
+    keepable = False
     if isinstance(content, bytes):
-        image, original = decode(content)
-        if damage := jpeg_damage(content):
-            raise ValueError(damage)
+        image, keepable = read_whole(content)
     else:
         image = Image.fromarray(content)
     longest = max(image.size)
     if settings.max_resolution is not None and longest > settings.max_resolution:
         ratio = settings.max_resolution / longest
         image = image.resize([max(1, round(side * ratio)) for side in image.size], Image.Resampling.BOX)
-        original = None
+        keepable = False
     if max(image.size) > MAX_SIDE:
         raise ValueError(f"{image.width}x{image.height} px is more than a .beton can say ({MAX_SIDE}); set a maximum")
-    if settings.write_mode == "original" and original is not None:
-        return EncodedImage(JPG, *image.size, original)
+    if settings.write_mode == "original" and keepable:
+        return EncodedImage(JPG, *image.size, content)
     if _stored_raw(image, settings, index):
         return EncodedImage(RAW, *image.size, image.tobytes())
     buffer = io.BytesIO()

@@ -27,7 +27,7 @@ from data.batch import Batch, EvalLoader, TrainLoader, workers_per_rank
 from data.corrupt import CorruptImages
 from data.datasets import FolderSource, find_split, list_folder
 from data.order import EpochPlan, eval_indices, resolution_at
-from data.pixels import UNREADABLE, EvalPlan, augmented, center_cropped, read_image
+from data.pixels import UNREADABLE, EvalPlan, augmented, center_cropped, read_whole
 from data.stall import StallWatch
 from mambavision.config import AugmentConfig, DataConfig
 
@@ -78,7 +78,7 @@ class TrainImages(Dataset):
         for step in range(count if self.skip else 1):
             image = (task.sample + step) % count
             try:
-                content = read_image(str(self.source.path(image)))
+                content, _ = read_whole(self.source.read(image))
             except UNREADABLE as error:
                 failures.append((image, f"{type(error).__name__}: {error}"))
                 continue
@@ -99,7 +99,7 @@ class EvalImages(Dataset):
 
     def __getitem__(self, task: Task) -> Made:
         try:
-            content = read_image(str(self.source.path(task.sample)))
+            content, _ = read_whole(self.source.read(task.sample))
         except UNREADABLE as error:
             return Made(None, -1, task.sample, ((task.sample, f"{type(error).__name__}: {error}"),))
         return Made(center_cropped(content, self.plan), int(self.source.labels[task.sample]), task.sample, ())

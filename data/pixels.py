@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from data.augment import BICUBIC, BILINEAR, NEAREST, AugmentPlan, Operation
+from data.jpeg_check import jpeg_damage
 from mambavision.config import DataConfig
 
 RESAMPLE = {
@@ -33,10 +34,15 @@ def read_image(source: str | bytes) -> Image.Image:
         return _to_rgb(image)
 
 
-def decode(content: bytes) -> tuple[Image.Image, bytes | None]:
-    """The RGB image, and the bytes again where they are a JPEG that every decoder reads (grey or YCbCr), else None."""
+def read_whole(content: bytes) -> tuple[Image.Image, bool]:
+    """`read_image` that refuses JPEGs with damage inside, and whether the bytes are a JPEG that every decoder reads.
+
+    Raises one of UNREADABLE. Without the native library (data.jpeg_check) damage passes, as it does with Pillow alone.
+    """
+    if damage := jpeg_damage(content):
+        raise ValueError(damage)
     with Image.open(io.BytesIO(content)) as image:
-        return _to_rgb(image), content if image.format == "JPEG" and image.mode in ("L", "RGB") else None
+        return _to_rgb(image), image.format == "JPEG" and image.mode in ("L", "RGB")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

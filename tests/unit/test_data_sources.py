@@ -1,0 +1,155 @@
+"""Fashion-MNIST and ImageNet's archives, small and made on the spot in the layouts of the real ones."""
+
+import gzip
+import io
+import struct
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+
+from data.beton import RAW, open_beton
+from data.datasets import fashion_mnist, imagenet_train, imagenet_val, imagenet_val_labels
+from data.manifest import read_manifest, read_names
+from scripts.prepare_data import main
+from tests.unit.data_samples import make_folder, smooth_image
+
+
+def write_idx(path, values):
+    content = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+    path.write_bytes(gzip.compress(content))
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 25), ("t10k", 12)):
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8) % 10)
+    return tmp_path
+
+
+def test_fashion_mnist_is_stored_uncompressed_in_colour(fashion, capsys):
+    assert main(["fashion_mnist", "--source", str(fashion), "--out", str(fashion / "out"), "--num-workers", "1"]) == 0
+    beton, source = open_beton(fashion / "out" / "val.beton"), fashion_mnist(fashion, "val")
+    assert len(beton) == 12 and read_manifest(beton.path).classes[9] == "Ankle boot"
+    stored = beton.stored(5)
+    assert (stored.mode, stored.width, stored.height) == (RAW, 28, 28)
+    np.testing.assert_array_equal(np.frombuffer(stored.data, np.uint8).reshape(28, 28, 3)[:, :, 1], source.images[5])
+    assert beton.path.stat().st_size < 6e6
+
+
+def test_a_damaged_idx_file_is_named(fashion):
+    path = fashion / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="t10k-images"):
+        fashion_mnist(fashion, "val")
+
+
+def jpeg(number: int) -> bytes:
+    buffer = io.BytesIO()
+    smooth_image(number, 40, 30).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def tar_of(path, files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    if path:
+        path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    classes = {
+        wordnet: tar_of(None, {f"{wordnet}_{n}.JPEG": jpeg(10 * c + n) for n in range(3)})
+        for c, wordnet in enumerate(("n01443537", "n01440764"))
+    }
+    tar_of(tmp_path / "train.tar", {f"{wordnet}.tar": content for wordnet, content in classes.items()})
+    tar_of(tmp_path / "val.tar", {f"ILSVRC2012_val_{n:08d}.JPEG": jpeg(50 + n) for n in (3, 1, 2)})
+    (tmp_path / "labels.txt").write_text("n01443537\nn01440764\nn01443537\n")
+    return tmp_path
+
+
+def test_imagenets_archives_are_read_without_unpacking(imagenet):
+    source = imagenet_train(imagenet / "train.tar")
+    assert source.classes == ["n01440764", "n01443537"] and source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert source.names[0] == "n01440764/n01440764_0.JPEG"
+    assert [source.read(index) for index in range(6)] == [jpeg(n) for n in (10, 11, 12, 0, 1, 2)]
+
+
+def test_imagenet_from_tars_to_betons(imagenet, capsys):
+    command = ["imagenet", "--train-tar", str(imagenet / "train.tar"), "--val-tar", str(imagenet / "val.tar")]
+    assert main([*command, "--devkit", str(imagenet / "labels.txt"), "--out", str(imagenet), "--num-workers", "1"]) == 0
+    assert open_beton(imagenet / "train.beton").labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert open_beton(imagenet / "val.beton").labels.tolist() == [1, 0, 1]
+    assert read_names(imagenet / "val.beton")[0] == "ILSVRC2012_val_00000001.JPEG"
+    assert main([*command, "--out", str(imagenet / "b")]) == 1 and "--devkit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n01443537\nn01440764\n",
+        "ILSVRC2012_val_00000001.JPEG n01443537\nILSVRC2012_val_00000002.JPEG n01440764\n",
+        "ImageId,PredictionString\nILSVRC2012_val_00000001,n01443537 1 2 3\nILSVRC2012_val_00000002,n01440764 5 6\n",
+    ],
+    ids=["ids in order", "names and ids", "Kaggle"],
+)
+def test_validation_labels_come_in_several_forms(text, tmp_path):
+    (tmp_path / "labels").write_text(text)
+    assert imagenet_val_labels(tmp_path / "labels") == {
+        "ILSVRC2012_val_00000001.JPEG": "n01443537",
+        "ILSVRC2012_val_00000002.JPEG": "n01440764",
+    }
+
+
+def test_a_validation_class_that_training_lacks_is_named(imagenet):
+    labels = imagenet_val_labels(imagenet / "labels.txt")
+    with pytest.raises(ValueError, match="n01443537"):
+        imagenet_val(imagenet / "val.tar", labels, ["n01440764"])
+
+
+def test_the_devkit_without_scipy_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ValueError, match="pip install scipy"):
+        imagenet_val_labels(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["folder", "--source", "/nowhere"], "/nowhere is not a directory"),
+        (["imagenet"], "--train-tar"),
+        (["folder", "--source", "FOLDER", "--quality", "500"], "1 to 100"),
+    ],
+)
+def test_slips_are_answered_with_advice(arguments, advice, tmp_path, capsys):
+    folder = make_folder(tmp_path / "in", train=3, val=3)
+    arguments = [str(folder) if argument == "FOLDER" else argument for argument in arguments]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    assert advice in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_second_run_leaves_what_is_there_and_force_writes_it_again(tmp_path, capsys):
+    command = [
+        "folder",
+        "--source",
+        str(make_folder(tmp_path / "in", train=6, val=3)),
+        "--out",
+        str(tmp_path),
+        "--num-workers=1",
+    ]
+    assert main(command) == 0
+    written = (tmp_path / "train.beton").stat().st_mtime_ns
+    assert main(command) == 0 and "already there" in capsys.readouterr().out
+    assert (tmp_path / "train.beton").stat().st_mtime_ns == written
+    assert main([*command, "--force"]) == 0 and (tmp_path / "train.beton").stat().st_mtime_ns > written
+    (tmp_path / "train.beton").write_bytes((tmp_path / "train.beton").read_bytes()[:-9])
+    assert main(command) == 1 and "--force" in capsys.readouterr().out
