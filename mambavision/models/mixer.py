@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mambavision.models.options import MIXERS
 from mambavision.ops import selective_scan_tokens
-from mambavision.ops.depthwise_conv_reference import conv_silu_tokens_reference as conv_silu_tokens
+from mambavision.ops.depthwise_conv import conv_silu_split, conv_silu_tokens
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the initial step sizes where init is "mamba"
 
@@ -43,18 +43,15 @@ class MambaVisionMixer(nn.Module):
             self.conv1d_z = nn.Conv1d(half, half, conv_size, padding="same", groups=half, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (b, L, C) -> (b, L, C)
-        x, z = self.in_proj(tokens).split(self.half, dim=-1)
-        x = self._convolve_x(x)
-        z = conv_silu_tokens(z, self.conv1d_z.weight) if self.convolves_z else F.silu(z)
+        projected = self.in_proj(tokens)
+        if self.convolves_z:
+            x, z = conv_silu_split(projected, self.conv1d_x.weight, self.conv1d_z.weight)
+        else:
+            x, z = projected.split(self.half, dim=-1)
+            x = conv_silu_tokens(x, self.conv1d_x.weight, causal=self.kind == "causal_no_z_conv")
+            z = F.silu(z)
         y = x if self.kind == "no_ssm" else self._scan(x)
         return self.out_proj(torch.cat((y, z), dim=-1) if self.concatenates else y * z)
-
-    def _convolve_x(self, x: Tensor) -> Tensor:
-        if self.kind != "causal_no_z_conv":
-            return conv_silu_tokens(x, self.conv1d_x.weight)
-        # A causal convolution is a 'same' one of the sequence delayed by one token.
-        delayed = F.pad(x, (0, 0, 1, 0))
-        return conv_silu_tokens(delayed, self.conv1d_x.weight)[:, : x.shape[1]]
 
     def _scan(self, x: Tensor) -> Tensor:
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.state_size, self.state_size), dim=-1)

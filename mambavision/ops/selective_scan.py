@@ -6,7 +6,6 @@ which are imported when first needed. No backend is ever replaced by a slow one 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from mambavision.ops.reference import scan_reference
 BACKENDS = ("auto", "cpu", "triton", "mamba_ssm", "reference")
 ENVIRONMENT_OVERRIDE = "MAMBAVISION_SCAN_BACKEND"
 _ALIASES = {"cuda": "mamba_ssm"}
-_MAMBA_SSM = ("mamba_ssm", "selective_scan_cuda")  # the package and its compiled kernels
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "mamba_ssm": "cuda"}
 
@@ -87,14 +85,17 @@ def selective_scan_tokens(
     projection need no copy.
     """
     _check_shapes(u, delta, A, B, C, D, delta_bias)
-    scan = _load(choose_backend(u.device.type, u.dtype, backend))
+    scan = _load(choose_backend(u.device.type, u.dtype, backend, (*u.shape, A.shape[1])))
     return scan(u, delta, A, B, C, D, delta_bias)
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(device: str, dtype: torch.dtype, backend: str = "auto") -> str:
+def choose_backend(
+    device: str, dtype: torch.dtype, backend: str = "auto", shape: tuple[int, int, int, int] | None = None
+) -> str:
     """The backend that a tensor of this device and dtype will take: cpu, triton, mamba_ssm or reference.
 
+    shape (b, L, d, n) matters where two CUDA backends are installed: the faster of them at that shape is measured once.
     Plain arguments and a plain answer, so that torch.compile evaluates it once while tracing.
     """
     asked = _ALIASES.get(backend, backend)
@@ -109,7 +110,7 @@ def choose_backend(device: str, dtype: torch.dtype, backend: str = "auto") -> st
     if asked == "reference" or dtype == torch.float64:
         return "reference"
     if asked == "auto":
-        return _automatic(device, dtype)
+        return _automatic(device, dtype, shape)
     if _DEVICE_OF[asked] != device:
         fitting = [name for name in BACKENDS if _DEVICE_OF.get(name, device) == device]
         raise ValueError(
@@ -123,19 +124,22 @@ def choose_backend(device: str, dtype: torch.dtype, backend: str = "auto") -> st
             "scan backend 'cpu' was asked for by name but its native code could not be built (the warning above says "
             "why); install a C++ compiler (apt install g++) or use scan_backend=auto, which then falls back"
         )
-    if asked == "mamba_ssm" and not _is_installed(*_MAMBA_SSM):
+    if asked == "mamba_ssm" and "mamba_ssm" not in _installed():
         raise RuntimeError(
             "scan backend 'mamba_ssm' needs the package: pip install --no-build-isolation -r requirements-gpu.txt; "
             "or use scan_backend=triton"
         )
-    if asked == "triton" and not _is_installed("triton"):
+    if asked == "triton" and "triton" not in _installed():
         raise RuntimeError("scan backend 'triton' needs the package: pip install triton; or use scan_backend=mamba_ssm")
     return asked
 
 
-def _automatic(device: str, dtype: torch.dtype) -> str:
+def _automatic(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int] | None) -> str:
     if device == "cuda":
-        return _automatic_cuda()
+        from mambavision.ops.backend_choice import Problem, choose_cuda_backend
+
+        problem = Problem(*(shape or (32, 196, 160, 8)), dtype)
+        return choose_cuda_backend(problem, torch.device("cuda"))
     if device == "cpu" and dtype in _CPU_DTYPES:
         return "cpu" if _cpu_available() else "reference"
     _warn_slow(f"there is no fast scan for {dtype} tensors on {device}")
@@ -143,30 +147,17 @@ def _automatic(device: str, dtype: torch.dtype) -> str:
 
 
 @cache
-def _automatic_cuda() -> str:
-    """Of the CUDA backends: ours where Triton is there, else mamba_ssm."""
-    if _is_installed("triton"):
-        return "triton"
-    if _is_installed(*_MAMBA_SSM):
-        return "mamba_ssm"
-    raise RuntimeError(
-        "a selective scan on a CUDA tensor needs Triton (pip install triton; it comes with PyTorch's CUDA wheels on "
-        "Linux) or mamba_ssm (pip install --no-build-isolation -r requirements-gpu.txt). To run the slow plain PyTorch "
-        "loop all the same, say scan_backend=reference"
-    )
-
-
-@cache
 def _cpu_available() -> bool:
-    """Whether the native CPU scan is built or can be built; the build warns with its reason where it fails."""
-    from mambavision.ops.native_build import load_native
+    """Builds, loads and registers the native CPU scan; where that fails the build warns with its reason."""
+    from mambavision.ops import cpu_scan, native_build
 
-    return load_native() is not None
+    return native_build.load_native() is not None and cpu_scan._operator() is not None
 
 
-def _is_installed(*packages: str) -> bool:
-    """Whether the packages could be imported; imports none of them."""
-    return all(importlib.util.find_spec(package) for package in packages)
+def _installed() -> tuple[str, ...]:
+    from mambavision.ops.backend_choice import installed_backends
+
+    return installed_backends()
 
 
 @cache
@@ -180,9 +171,7 @@ def _warn_slow(reason: str) -> None:
 
 def _load(name: str) -> Callable[..., Tensor]:
     if name == "cpu":
-        from mambavision.ops.cpu_scan import scan_cpu
-
-        return scan_cpu
+        return torch.ops.mambavision.selective_scan  # registered by _cpu_available; torch.compile can trace the call
     if name == "triton":
         from mambavision.ops.triton_scan import scan_triton
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mambavision import VARIANTS, create_model, list_models
+from mambavision.models import fuse_for_inference
 from mambavision.models.blocks import add_branch, cut_windows, join_windows, window_grid
 from mambavision.models.pretrained import load_weights
 
@@ -279,6 +280,24 @@ def test_reset_classifier_gives_a_fresh_head_or_none():
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
     model.reset_classifier(0)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 128)
+
+
+@pytest.mark.parametrize("scales", [{}, {"layer_scale": 0.7, "layer_scale_conv": 0.4}], ids=["plain", "layer_scale"])
+def test_the_model_fused_for_inference_is_equal_and_leaves_the_original_alone(scales):
+    model, x = micro(**scales).train(), torch.randn(4, 3, 64, 64)
+    for _ in range(3):
+        model(x)  # running statistics worth folding
+    torch.nn.init.normal_(model.norm.weight)
+    torch.nn.init.normal_(model.norm.bias)
+    model.eval()
+    fused = fuse_for_inference(model)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
+    with torch.no_grad():
+        assert relative(fused(x), model(x)) < 1e-5
+        half = fuse_for_inference(model, torch.bfloat16)
+        assert half.levels[0].blocks[0].conv1.weight.dtype == torch.bfloat16
+        assert half(x).dtype == torch.bfloat16 and relative(half(x).float(), model(x)) < 0.03
+    assert all(p.requires_grad for p in model.parameters()) and isinstance(model.norm, torch.nn.BatchNorm2d)
 
 
 @pytest.mark.slow

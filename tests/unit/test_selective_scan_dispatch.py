@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mambavision.ops import choose_backend, selective_scan, selective_scan_tokens
-from mambavision.ops.depthwise_conv_reference import conv_silu_tokens_reference
+from mambavision.ops import backend_choice, choose_backend, selective_scan, selective_scan_tokens
 from mambavision.ops.reference import CHUNK_TOKENS, scan_reference
 
 
@@ -133,9 +132,7 @@ def test_a_backend_that_cannot_serve_is_refused_with_those_that_can(device, dtyp
 
 
 def test_cuda_without_any_backend_is_an_error_with_advice_not_a_slow_run(monkeypatch):
-    dispatch = sys.modules["mambavision.ops.selective_scan"]
-    monkeypatch.setattr(dispatch, "_is_installed", lambda *packages: False)
-    dispatch._automatic_cuda.cache_clear()
+    monkeypatch.setattr(backend_choice, "installed_backends", lambda: ())
     with pytest.raises(RuntimeError, match=r"pip install triton.*requirements-gpu.*scan_backend=reference"):
         choose_backend("cuda", torch.float32)
     for backend, package in (("triton", "pip install triton"), ("mamba_ssm", "requirements-gpu")):
@@ -167,14 +164,6 @@ def test_shapes_that_would_broadcast_into_a_wrong_answer_are_refused(position, n
     arguments[position] = torch.zeros(shape, dtype=torch.float64)
     with pytest.raises(ValueError, match=message):
         selective_scan_tokens(*arguments)
-
-
-def test_short_convolution_equals_pytorchs_depthwise_one():
-    x, weight = torch.randn(2, 9, 5, dtype=torch.float64), torch.randn(5, 1, 3, dtype=torch.float64)
-    expected = F.silu(F.conv1d(x.transpose(1, 2), weight, padding=1, groups=5)).transpose(1, 2)
-    torch.testing.assert_close(conv_silu_tokens_reference(x, weight), expected)
-    one = x[:, :1]
-    torch.testing.assert_close(conv_silu_tokens_reference(one, weight), F.silu(one * weight[:, 0, 1]))
 
 
 def test_the_mamba_ssm_wrapper_traces_with_right_shapes_without_the_package():
