@@ -1,4 +1,4 @@
-"""The selective scan on the CPU: the compiled kernels of `native/scan.cpp`, and what torch.compile must know of them."""
+"""The selective scan on the CPU: the compiled kernels of `native/scan.cpp`, and what torch.compile must know of it."""
 
 from __future__ import annotations
 

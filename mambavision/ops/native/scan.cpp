@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -13,7 +14,6 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
-#include <vector>
 
 #include "isa.h"
 #include "scan_kernel.h"
@@ -61,7 +61,9 @@ void check_inputs(const Tensor& u, const Tensor& delta, const Tensor& A, const T
 // The parameters as the kernels want them: transposed, padded, A in units of log2.
 struct PaddedParameters {
   PaddedParameters(const Tensor& A, const OptionalTensor& D, const OptionalTensor& bias, int64_t states, int64_t channels)
-      : values((states + 3) * channels, 0.0f), rows(states), columns(channels) {
+      : storage(at::zeros({states + 3, channels}, A.options().dtype(at::kFloat))),
+        values(storage.data_ptr<float>()),
+        columns(channels) {
     const Tensor A_float = A.to(at::kFloat).contiguous();
     const float* from = A_float.const_data_ptr<float>();
     for (int64_t d = 0; d < A.size(0); d++) {
@@ -78,17 +80,18 @@ struct PaddedParameters {
     copy_in(bias, states + 2);
   }
 
-  const float* row(int64_t index) const { return values.data() + index * columns; }
+  const float* row(int64_t index) const { return values + index * columns; }
 
  private:
   void copy_in(const OptionalTensor& parameter, int64_t row) {
     if (!parameter.has_value()) return;
     const Tensor contiguous = parameter->to(at::kFloat).contiguous();
-    std::memcpy(values.data() + row * columns, contiguous.const_data_ptr<float>(), contiguous.numel() * sizeof(float));
+    std::memcpy(values + row * columns, contiguous.const_data_ptr<float>(), contiguous.numel() * sizeof(float));
   }
 
-  std::vector<float> values;
-  int64_t rows, columns;
+  Tensor storage;  // aligned to a cache line, unlike a std::vector: an unaligned vector load costs two
+  float* values;
+  int64_t columns;
 };
 
 ScanProblem describe(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C) {
@@ -155,6 +158,10 @@ void sum_parts(float* values, int64_t parts, int64_t size) {
   });
 }
 
+Tensor copy_of(const Tensor& tensor, at::ScalarType type = at::kFloat) {
+  return at::empty(tensor.sizes(), tensor.options().dtype(type)).copy_(tensor);
+}
+
 Gradients scan_backward(const Tensor& dy_in, const Tensor& u_in, const Tensor& delta_in, const Tensor& A,
                         const Tensor& B_in, const Tensor& C_in, const OptionalTensor& D, const OptionalTensor& bias,
                         const Tensor& checkpoints) {
@@ -197,17 +204,19 @@ Gradients scan_backward(const Tensor& dy_in, const Tensor& u_in, const Tensor& d
     sum_parts(p.dB_dC, groups, p.batch * p.tokens * 2 * N);
     sum_parts(p.dparameters, slots, (N + 2) * p.padded_channels);
   }
-  const Tensor per_token = dB_dC.select(0, 0), per_channel = dparameters.select(0, 0).narrow(1, 0, p.channels);
+  // Copies, since an operator's outputs may not share memory.
+  const Tensor per_token = dB_dC.select(0, 0), per_channel = dparameters.select(0, 0);
+  auto parameter_gradient = [&](int64_t row) { return copy_of(per_channel.select(0, row).narrow(0, 0, p.channels)); };
   auto states_gradient = [&](int64_t which) {
-    return per_token.select(2, which).narrow(2, 0, p.states).to(B.scalar_type()).contiguous();
+    return copy_of(per_token.select(2, which).narrow(2, 0, p.states), B.scalar_type());
   };
   return {du,
           ddelta,
-          per_channel.narrow(0, 0, p.states).t().contiguous(),
+          copy_of(per_channel.narrow(0, 0, p.states).narrow(1, 0, p.channels).t()),
           states_gradient(0),
           states_gradient(1),
-          per_channel.select(0, N).contiguous(),
-          per_channel.select(0, N + 1).contiguous()};
+          parameter_gradient(N),
+          parameter_gradient(N + 1)};
 }
 
 const auto& forward_operator() {

@@ -16,7 +16,7 @@ using mambavision::ScanProblem;
 
 // States handled at once: as many as the registers hold along with their decays and gradients.
 constexpr int kForwardGroup = kLanes == 16 ? 8 : 4;
-constexpr int kBackwardGroup = kLanes == 16 ? 8 : 4;
+constexpr int kBackwardGroup = 4;  // more would spill, or fill the scheduler with one token's chains of additions
 
 struct Tile {
   int64_t first;
@@ -103,7 +103,11 @@ void forward_block(const ScanProblem& p, int64_t batch, int64_t tile_index, Tile
   if (p.checkpoints != nullptr && tile_index > 0)
     for (int64_t n = 0; n < N; n++) store(checkpoint(p, batch, tile_index, channel) + n * p.padded_channels, state[n]);
   const T *u_row = row<T>(p.u, batch, tile.first) + channel, *delta_row = row<T>(p.delta, batch, tile.first) + channel;
+  T* y_row = row<T>(p.y, batch, tile.first) + channel;
   for (int t = 0; t < tile.tokens; t++) {
+    prefetch(u_row + (t + tile.tokens) * p.u.token_stride);
+    prefetch(delta_row + (t + tile.tokens) * p.delta.token_stride);
+    prefetch_to_write(y_row + (t + tile.tokens) * p.y.token_stride);
     const Vec u = load(u_row + t * p.u.token_stride, live);
     const Vec raw = load(delta_row + t * p.delta.token_stride, live) + bias;
     dt[t] = softplus(raw, exp_minus_magnitude(raw));
@@ -119,7 +123,6 @@ void forward_block(const ScanProblem& p, int64_t batch, int64_t tile_index, Tile
     else
       advance<false>(tile.tokens, N, p.padded_channels, dt, x, BC + n, A, state + n, y);
   }
-  T* y_row = row<T>(p.y, batch, tile.first) + channel;
   for (int t = 0; t < tile.tokens; t++) store(y_row + t * p.y.token_stride, y[t], live);
 }
 
@@ -137,23 +140,71 @@ void forward_range(const ScanProblem& p, int64_t batch, Range blocks) {
   }
 }
 
-// One tile of one block on its way back.
+// What the backward keeps of one block's tile, in the first-level cache.
 struct BackwardTile {
   Vec dt[kTileTokens], slope[kTileTokens], u[kTileTokens], x[kTileTokens], dy[kTileTokens];
-  Vec ddt[kTileTokens], dx[kTileTokens];
-  Vec decay[kTileTokens][kBackwardGroup], state[kTileTokens + 1][kBackwardGroup];
+  Vec ddt[kTileTokens], dx[kTileTokens];  // gradients of dt through the decay, and of x = dt u
+  Vec decay[kTileTokens][kBackwardGroup], state[kTileTokens + 1][kBackwardGroup];  // state[t] is the one before token t
+  Vec A[kBackwardGroup];
 };
 
-// Recomputes decays and states of a group over the tile: state[t] is the one before token t.
-template <bool kBounded>
-INLINE void recompute(BackwardTile& s, int tokens, int64_t states, int64_t channels, const float* BC,
-                      const float* A_log2e, const float* before) {
-  Vec A[kBackwardGroup], h[kBackwardGroup];
-  for (int n = 0; n < kBackwardGroup; n++) {
-    A[n] = load(A_log2e + n * channels);
-    h[n] = before != nullptr ? load(before + n * channels) : Vec{};
-    s.state[0][n] = h[n];
+// Running sums of one block: of its parameters' gradients, and per state what comes back through time.
+struct BlockSums {
+  Vec *dD, *dbias, *dA, *adjoint;
+};
+
+// Returns whether the tile's decays are bounded.
+template <class T>
+INLINE bool load_tile(const ScanProblem& p, int64_t batch, Tile tile, int64_t channel, BackwardTile& s, Vec* dD) {
+  const int live = (int)(p.channels - channel);
+  const Vec bias = load(p.bias + channel);
+  const T *u_row = row<T>(p.u, batch, tile.first) + channel, *delta_row = row<T>(p.delta, batch, tile.first) + channel;
+  const T *dy_row = row<T>(p.dy, batch, tile.first) + channel, *du_row = row<T>(p.du, batch, tile.first) + channel;
+  const T* ddelta_row = row<T>(p.ddelta, batch, tile.first) + channel;
+  Vec largest_dt = {}, dD_sum = *dD;
+  for (int t = 0; t < tile.tokens; t++) {
+    const int64_t next = t - tile.tokens;
+    prefetch(u_row + next * p.u.token_stride);
+    prefetch(delta_row + next * p.delta.token_stride);
+    prefetch(dy_row + next * p.dy.token_stride);
+    prefetch_to_write(du_row + next * p.du.token_stride);
+    prefetch_to_write(ddelta_row + next * p.ddelta.token_stride);
+    const Vec raw = load(delta_row + t * p.delta.token_stride, live) + bias;
+    const Vec z = exp_minus_magnitude(raw);
+    const Vec dt = softplus(raw, z), u = load(u_row + t * p.u.token_stride, live);
+    const Vec dy = load(dy_row + t * p.dy.token_stride, live);
+    s.dt[t] = dt, s.u[t] = u, s.dy[t] = dy;
+    s.slope[t] = sigmoid(raw, z);
+    s.x[t] = dt * u;
+    s.ddt[t] = s.dx[t] = Vec{};
+    dD_sum += dy * u;
+    largest_dt = dt <= largest_dt ? largest_dt : dt;
   }
+  *dD = dD_sum;
+  return decays_bounded(p, channel, largest_dt);
+}
+
+template <class T>
+INLINE void store_tile(const ScanProblem& p, int64_t batch, Tile tile, int64_t channel, const BackwardTile& s,
+                       Vec* dbias) {
+  const int live = (int)(p.channels - channel);
+  const Vec D = load(p.D + channel);
+  T *du_row = row<T>(p.du, batch, tile.first) + channel, *ddelta_row = row<T>(p.ddelta, batch, tile.first) + channel;
+  Vec dbias_sum = *dbias;
+  for (int t = 0; t < tile.tokens; t++) {
+    const Vec ddelta = (s.ddt[t] * kLn2 + s.dx[t] * s.u[t]) * s.slope[t];
+    dbias_sum += ddelta;
+    store(du_row + t * p.du.token_stride, s.dx[t] * s.dt[t] + s.dy[t] * D, live);
+    store(ddelta_row + t * p.ddelta.token_stride, ddelta, live);
+  }
+  *dbias = dbias_sum;
+}
+
+// Recomputes decays and states of a group over the tile.
+template <bool kBounded>
+INLINE void recompute(BackwardTile& s, int tokens, int64_t states, const float* BC) {
+  Vec A[kBackwardGroup], h[kBackwardGroup];
+  for (int n = 0; n < kBackwardGroup; n++) A[n] = s.A[n], h[n] = s.state[0][n];
   for (int t = 0; t < tokens; t++, BC += 2 * states) {
     const Vec dt = s.dt[t], x = s.x[t];
 #pragma GCC unroll 8
@@ -166,10 +217,9 @@ INLINE void recompute(BackwardTile& s, int tokens, int64_t states, int64_t chann
   }
 }
 
-// Walks a group back over the tile. `adjoint` is dL/dh at the tile's end on entry, before its first token on return.
-// dB_dC[token][2 N] collects, over the blocks, the gradients of B and C still spread over the lanes.
-INLINE void reverse(BackwardTile& s, int tokens, int64_t states, int64_t channels, const float* BC,
-                    const float* A_log2e, Vec* adjoint, Vec* dA, Vec* dB_dC) {
+// Walks a group of states back over the tile. The adjoint is dL/dh at the tile's end on entry, before its first token on
+// return. dB_dC[token][2 N] collects, over the blocks, the gradients of B and C still spread over the lanes.
+INLINE void reverse(BackwardTile& s, int tokens, int64_t states, const float* BC, Vec* adjoint, Vec* dA, Vec* dB_dC) {
   Vec g[kBackwardGroup], dA_sum[kBackwardGroup];
   for (int n = 0; n < kBackwardGroup; n++) g[n] = adjoint[n], dA_sum[n] = dA[n];
   for (int t = tokens - 1; t >= 0; t--) {
@@ -186,7 +236,7 @@ INLINE void reverse(BackwardTile& s, int tokens, int64_t states, int64_t channel
       g[n] = dh * s.decay[t][n];
       const Vec dexponent = g[n] * s.state[t][n];
       dA_sum[n] += dexponent * dt;
-      ddt += dexponent * load(A_log2e + n * channels);
+      ddt += dexponent * s.A[n];
     }
     s.ddt[t] = ddt;
     s.dx[t] = dx;
@@ -196,46 +246,26 @@ INLINE void reverse(BackwardTile& s, int tokens, int64_t states, int64_t channel
 
 template <class T>
 void backward_block(const ScanProblem& p, int64_t batch, int64_t tile_index, Tile tile, int64_t channel,
-                    const float* BC, Vec* adjoint, Vec* dA, Vec* dD_dbias, Vec* dB_dC) {
-  const int live = (int)(p.channels - channel);
-  const int64_t N = p.padded_states;
-  const Vec D = load(p.D + channel), bias = load(p.bias + channel);
+                    const float* BC, BlockSums sums, Vec* dB_dC) {
   BackwardTile s;
-  Vec largest_dt = {}, dD = dD_dbias[0], dbias = dD_dbias[1];
-  const T *u_row = row<T>(p.u, batch, tile.first) + channel, *delta_row = row<T>(p.delta, batch, tile.first) + channel;
-  const T* dy_row = row<T>(p.dy, batch, tile.first) + channel;
-  for (int t = 0; t < tile.tokens; t++) {
-    const Vec raw = load(delta_row + t * p.delta.token_stride, live) + bias;
-    const Vec z = exp_minus_magnitude(raw);
-    s.u[t] = load(u_row + t * p.u.token_stride, live);
-    s.dy[t] = load(dy_row + t * p.dy.token_stride, live);
-    s.dt[t] = softplus(raw, z);
-    s.slope[t] = sigmoid(raw, z);
-    s.x[t] = s.dt[t] * s.u[t];
-    s.ddt[t] = s.dx[t] = Vec{};
-    dD += s.dy[t] * s.u[t];
-    largest_dt = s.dt[t] <= largest_dt ? largest_dt : s.dt[t];
-  }
-  const bool bounded = decays_bounded(p, channel, largest_dt);
-  for (int64_t n = 0; n < N; n += kBackwardGroup) {
-    const float* A = p.A_log2e + n * p.padded_channels + channel;
-    const float* before =
-        tile_index > 0 ? checkpoint(p, batch, tile_index, channel) + n * p.padded_channels : nullptr;
+  const bool bounded = load_tile<T>(p, batch, tile, channel, s, sums.dD);
+  for (int64_t first = 0; first < p.padded_states; first += kBackwardGroup) {
+    const int64_t at = first * p.padded_channels + channel;
+    for (int n = 0; n < kBackwardGroup; n++) {
+      s.A[n] = load(p.A_log2e + at + n * p.padded_channels);
+      s.state[0][n] = Vec{};
+      if (tile_index == 0) continue;
+      const float* before = checkpoint(p, batch, tile_index, at) + n * p.padded_channels;
+      s.state[0][n] = load(before);
+      prefetch(before - p.padded_states * p.padded_channels);
+    }
     if (bounded)
-      recompute<true>(s, tile.tokens, N, p.padded_channels, BC + n, A, before);
+      recompute<true>(s, tile.tokens, p.padded_states, BC + first);
     else
-      recompute<false>(s, tile.tokens, N, p.padded_channels, BC + n, A, before);
-    reverse(s, tile.tokens, N, p.padded_channels, BC + n, A, adjoint + n, dA + n, dB_dC + n);
+      recompute<false>(s, tile.tokens, p.padded_states, BC + first);
+    reverse(s, tile.tokens, p.padded_states, BC + first, sums.adjoint + first, sums.dA + first, dB_dC + first);
   }
-  T *du_row = row<T>(p.du, batch, tile.first) + channel, *ddelta_row = row<T>(p.ddelta, batch, tile.first) + channel;
-  for (int t = 0; t < tile.tokens; t++) {
-    const Vec ddelta = (s.ddt[t] * kLn2 + s.dx[t] * s.u[t]) * s.slope[t];
-    dbias += ddelta;
-    store(du_row + t * p.du.token_stride, s.dx[t] * s.dt[t] + s.dy[t] * D, live);
-    store(ddelta_row + t * p.ddelta.token_stride, ddelta, live);
-  }
-  dD_dbias[0] = dD;
-  dD_dbias[1] = dbias;
+  store_tile<T>(p, batch, tile, channel, s, sums.dbias);
 }
 
 template <class T>
@@ -244,6 +274,9 @@ void backward_range(const ScanProblem& p, int64_t slot, Range batches, int64_t g
   Scratch adjoints(count * N), dA(count * N), dD_dbias(count * 2), dB_dC(kTileTokens * 2 * N);
   Scratch staged(kTileTokens * 2 * N * sizeof(float) / sizeof(Vec));
   float* BC = (float*)staged.get();
+  auto sums = [&](int64_t i) {
+    return BlockSums{dD_dbias.get() + i * 2, dD_dbias.get() + i * 2 + 1, dA.get() + i * N, adjoints.get() + i * N};
+  };
   for (int64_t batch = batches.begin; batch < batches.end; batch++) {
     memset((void*)adjoints.get(), 0, count * N * sizeof(Vec));
     for (int64_t index = p.tiles - 1; index >= 0; index--) {
@@ -251,10 +284,9 @@ void backward_range(const ScanProblem& p, int64_t slot, Range batches, int64_t g
       stage_states(p, batch, tile, BC);
       memset((void*)dB_dC.get(), 0, tile.tokens * 2 * N * sizeof(Vec));
       for (int64_t i = 0; i < count; i++)
-        backward_block<T>(p, batch, index, tile, (blocks.begin + i) * kLanes, BC, adjoints.get() + i * N,
-                          dA.get() + i * N, dD_dbias.get() + i * 2, dB_dC.get());
-      float* sums = p.dB_dC + ((group * p.batch + batch) * p.tokens + tile.first) * 2 * N;
-      for (int64_t i = 0; i < tile.tokens * 2 * N; i++) sums[i] = sum_lanes(dB_dC.get()[i]);
+        backward_block<T>(p, batch, index, tile, (blocks.begin + i) * kLanes, BC, sums(i), dB_dC.get());
+      float* totals = p.dB_dC + ((group * p.batch + batch) * p.tokens + tile.first) * 2 * N;
+      for (int64_t k = 0; k < tile.tokens * 2 * N; k += 16) sum_lanes_of_16(dB_dC.get() + k, totals + k);
     }
   }
   for (int64_t i = 0; i < count; i++) {

@@ -160,10 +160,35 @@ INLINE Vec sigmoid(Vec x, Vec z) {
   return x < 0.0f ? z * inverse : inverse;
 }
 
+// Into the second-level cache; any address will do, mapped or not.
+INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+INLINE void prefetch_to_write(const void* address) { __builtin_prefetch(address, 1, 2); }
+
 INLINE float sum_lanes(Vec value) {
   float sum = 0;
   for (int lane = 0; lane < kLanes; lane++) sum += value[lane];
   return sum;
+}
+
+// totals[i] = the sum of vectors[i]'s lanes, for 16 vectors.
+INLINE void sum_lanes_of_16(const Vec* vectors, float* totals) {
+#if defined(__AVX512F__)
+  // Each step adds one half of a vector's lanes to the other and packs the results of two vectors into one.
+  __m512 sums[16];
+  for (int i = 0; i < 16; i++) sums[i] = (__m512)vectors[i];
+  for (int i = 0; i < 12; i = i == 3 ? 8 : i + 1)
+    sums[i] = _mm512_add_ps(_mm512_shuffle_f32x4(sums[i], sums[i + 4], 0x44),
+                            _mm512_shuffle_f32x4(sums[i], sums[i + 4], 0xee));
+  for (int i = 0; i < 4; i++)
+    sums[i] = _mm512_add_ps(_mm512_shuffle_f32x4(sums[i], sums[i + 8], 0x88),
+                            _mm512_shuffle_f32x4(sums[i], sums[i + 8], 0xdd));
+  for (int i = 0; i < 2; i++)
+    sums[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[i], sums[i + 2]), _mm512_unpackhi_ps(sums[i], sums[i + 2]));
+  const __m512 sum = _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]), _mm512_unpackhi_ps(sums[0], sums[1]));
+  _mm512_storeu_ps(totals, sum);
+#else
+  for (int i = 0; i < 16; i++) totals[i] = sum_lanes(vectors[i]);
+#endif
 }
 
 }  // namespace
