@@ -32,7 +32,7 @@ from mambavision.run_dir import RunDirectory, check_resume, fingerprint, run_dir
 from mambavision.run_history import no_progress_message, starts, starts_without_progress
 from mambavision.run_lock import LockLost, RunLock
 from mambavision.telemetry.console import ConsoleSink
-from mambavision.telemetry.sinks import JsonlSink, Telemetry, read_events
+from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
 
 
 def run(cfg: TrainConfig) -> dict[str, Any]:
@@ -54,6 +54,8 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
         parts.enter_context(refusals_in_status(run_dir, world))
         distributed.on_main(world, lambda: check_before_start(run_dir, cfg, stop))
 
+        telemetry = build_telemetry(cfg, run_dir, world)
+        parts.enter_context(LogForwarder(telemetry))
         batches = dict(rank=world.rank, world_size=world.world_size)
         sizes = dict(global_batch_size=plan.global_batch_size, micro_batch_size=plan.micro_batch_size)
         train_loader = data.build_train_loader(cfg.data, cfg.augment, seed=cfg.seed, **sizes, **batches)
@@ -67,7 +69,6 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
             )
         distributed.on_main(world, lambda: run_dir.check_data(describe_data(train_loader), cfg.resume.allow))
 
-        telemetry = build_telemetry(cfg, run_dir, world)
         trainer = Trainer(
             cfg,
             world=world,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -38,6 +39,34 @@ class Telemetry:
         """in_a_hurry: the launcher is about to kill; do not wait for a network."""
         for sink in reversed(self.sinks):  # metrics.jsonl last: it takes the others' last words
             sink.close(in_a_hurry=in_a_hurry)
+
+
+class LogForwarder(logging.Handler):
+    """Warnings of the data path and the libraries below, which know nothing of runs, into the run's log.
+
+    On ranks without sinks they go to stderr, as they would have without us.
+    """
+
+    def __init__(self, telemetry: Telemetry):
+        super().__init__(logging.WARNING)
+        self.telemetry = telemetry
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.telemetry.sinks:
+            self.telemetry.log("warning", message=record.getMessage())
+        else:
+            print(f"warning   {record.getMessage()}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> LogForwarder:
+        for name in ("data", "mambavision"):
+            logging.getLogger(name).addHandler(self)
+            logging.getLogger(name).propagate = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in ("data", "mambavision"):
+            logging.getLogger(name).removeHandler(self)
+            logging.getLogger(name).propagate = True
 
 
 class JsonlSink:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import FAST, Prefork, Trainer, Training, state_hash
+from tests.faults.harness import FAST, ROOT, Prefork, Trainer, Training, state_hash
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,33 @@ def uninterrupted(prefork: Prefork, tmp_path_factory: pytest.TempPathFactory) ->
 def reference(uninterrupted: Training) -> str:
     """Every bit of what the undisturbed run arrives at."""
     return state_hash(uninterrupted.directory)
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fashion-MNIST as .beton files: those that scripts/prepare_data.py has written before, else written now."""
+    known = Path(os.environ.get("MAMBAVISION_DATA", "~/.cache/mambavision")).expanduser() / "fashion_mnist"
+    if (known / "train.beton").exists() and (known / "val.beton").exists():
+        return known
+    directory = tmp_path_factory.mktemp("fashion_mnist")
+    command = [sys.executable, "scripts/prepare_data.py", "fashion_mnist", "--out", str(directory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.skip(f"Fashion-MNIST cannot be had here: {(done.stdout + done.stderr).strip()[-300:]}")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def prefork_ffcv() -> Iterator[Prefork]:
+    """ffcv takes seconds to import, so only tests that read .beton files pay for it."""
+    pytest.importorskip("ffcv")
+    server = Prefork(*FAST, "data.ffcv_loader")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def train_ffcv(prefork_ffcv: Prefork, tmp_path: Path) -> Iterator[Trainer]:
+    trainer = Trainer(prefork_ffcv, tmp_path)
+    yield trainer
+    trainer.close()

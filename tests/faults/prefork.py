@@ -7,6 +7,7 @@ kills them. Requests and reports are JSON lines on stdin and stdout.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 
 GRACE_SECONDS = 8.0  # torchrun gives 30
@@ -22,6 +24,9 @@ GRACE_SECONDS = 8.0  # torchrun gives 30
 def serve(preload: list[str]) -> None:
     for name in preload:
         importlib.import_module(name)
+    from mambavision.ops.native_build import load_native
+
+    load_native()  # compiled and loaded once, not by each training
     assert len(os.listdir("/proc/self/task")) == 1, "forking with other threads running is not safe"
     report({"ready": os.getpid()})
     running = 0
@@ -128,7 +133,11 @@ def become_rank(request: dict, rank: int, port: int) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    sys.exit(code)  # through the interpreter's own ending, where a library's hook could hang
+    # What may hang at the end of a process is kept; tearing the forked interpreter down object by object is not, as it
+    # copies all of the memory that is shared with the server.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from harness import STEPS, Trainer, newest, state_hash, valid_steps
+from tests.faults.harness import STEPS, Trainer, newest, state_hash, valid_steps
 
 from mambavision.engine import checkpoint
 

@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from harness import STEPS, Trainer, newest, state_hash, valid_steps
+from tests.faults.harness import STEPS, Trainer, newest, state_hash, valid_steps
 
 pytestmark = pytest.mark.faults
 DRAWS = random.Random(5)

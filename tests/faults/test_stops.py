@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from harness import STEPS, Trainer, running, state_hash, valid_steps
+from tests.faults.harness import STEPS, Trainer, running, state_hash, valid_steps
 
 pytestmark = pytest.mark.faults
 

@@ -1,0 +1,124 @@
+"""Many faults over one run: whatever happens and however often, it arrives where the undisturbed run arrives."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from mambavision.run_history import starts
+from tests.faults.harness import STEPS, Trainer, newest, state_hash, valid_steps
+
+FAULTS = 30
+# Longer epochs and rarer checkpoints than the other tests have, so that thirty faults find a place.
+SETTINGS = ("trainer.epochs=12", "checkpoint.every_steps=2", "max_restarts_without_progress=100")
+
+
+def draw(random_: random.Random, start: int, total: int) -> str:
+    """A fault that a run can go on after, at one of the next steps."""
+    step = min(start + random_.randrange(0, 7), total - 1)
+    rank = random_.randrange(2)
+    saved = min((step + 1) // 2 * 2, total)
+    return random_.choice(
+        [
+            f"kill@{step}:{rank}",
+            f"kill@{step}",
+            f"raise@{step}:{rank}",
+            f"raise@{step}:{rank}/data",
+            f"exit@{step}:{rank}",
+            f"usr1@{step}:{rank}",
+            f"term@{step}",
+            f"sleep0.3@{step}:{rank}",
+            *(f"kill@{saved}:0/{place}" for place in ("copy", "open", "payload", "fsync", "rename", "retain", "saved")),
+            f"kill@{(step // 8 + 1) * 8}:{rank}/evaluate",
+        ]
+    )
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_thirty_random_faults_later_the_weights_are_the_same(train: Trainer, capsys: pytest.CaptureFixture) -> None:
+    random_ = random.Random(2024)
+    undisturbed = train.run("undisturbed", *SETTINGS)
+    assert undisturbed.code == 0
+    total = 12 * 8
+    ordered = []
+    start = 0
+    while len(ordered) < FAULTS:
+        fault = draw(random_, start, total)
+        ordered.append(fault)
+        training = train.start("run", *SETTINGS, fault=fault)
+        if random_.random() < 0.2:  # some faults come from outside, at any instant
+            time.sleep(random_.uniform(0.5, 3.0))
+            if training.poll(0) is None:
+                training.kill()
+                ordered[-1] = "kill from outside"
+        code = training.wait()
+        assert code in (0, 1, -signal.SIGKILL), f"{fault}: {code}\n{training.output[-3000:]}"
+        before, start = start, max(valid_steps(training.directory), default=0)
+        assert start >= before, f"{fault} has lost a checkpoint"
+        if training.status["status"] == "finished":
+            break
+    final = train.run("run", *SETTINGS)
+    assert final.code == 0
+    assert state_hash(final.directory) == state_hash(undisturbed.directory)
+    history = starts(final.directory)
+    done = sum(s.last_step - s.step for s in history)
+    with capsys.disabled():
+        print(
+            f"\n{len(ordered)} faults, {len(history)} starts, {done} steps done for {total}: {100 * total / done:.0f} % useful"
+        )
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_fifty_kills_at_random_instants_over_real_images_lose_nothing(train_ffcv: Trainer, fashion_mnist) -> None:
+    """SIGKILL to everything, at instants drawn in advance, checkpoint writes included; .beton files of Fashion-MNIST."""
+    kills = int(os.environ.get("MAMBAVISION_KILLS", "50"))
+    settings = (
+        "data=ffcv",
+        "data.num_classes=null",
+        f"data.path={fashion_mnist}",
+        "augment=small_images",
+        "trainer.epochs=1",
+        "trainer.max_steps=120",
+        "trainer.global_batch_size=32",
+        "trainer.micro_batch_size=16",
+        "trainer.eval_batch_size=500",
+        "checkpoint.every_steps=2",
+        "checkpoint.keep_last=3",
+        "max_restarts_without_progress=100",
+    )
+    random_ = random.Random(7)
+    undisturbed = train_ffcv.run("undisturbed", *settings, ranks=1, timeout=400)
+    assert undisturbed.code == 0, undisturbed.output
+    best, killed, in_a_write = 0, 0, 0
+    while killed < kills:
+        training = train_ffcv.start("run", *settings, ranks=1)
+        # Half of them as soon as a checkpoint is being written, the others after a random while.
+        if killed % 2:
+            deadline = time.monotonic() + 20
+            while not list(training.directory.glob("checkpoints/*.tmp")) and time.monotonic() < deadline:
+                if training.poll(0.0005) is not None:
+                    break
+            in_a_write += bool(list(training.directory.glob("checkpoints/*.tmp")))
+        else:
+            if best:
+                training.wait_for(lambda: any(b["phase"] == "step" for b in training.heartbeats), 60)
+            time.sleep(random_.uniform(0.0, 0.4))
+        training.kill()
+        training.wait()
+        killed += 1
+        steps = valid_steps(training.directory)
+        assert not steps or max(steps) >= best, "a valid checkpoint was lost"
+        assert steps or not best
+        best = max(steps, default=0)
+        if best == 120:
+            break
+    final = train_ffcv.run("run", *settings, ranks=1, timeout=400)
+    assert final.code == 0
+    assert state_hash(final.directory) == state_hash(undisturbed.directory)
+    print(f"{killed} kills, {in_a_write} of them in a write, up to {newest(final.directory).name}; {STEPS=}")

@@ -1,0 +1,136 @@
+"""The run directory: its lock, its history, the data it was started on."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mambavision.run_dir import RunDirectory, write_atomically
+from mambavision.run_history import starts, starts_without_progress
+from mambavision.run_lock import LockLost, RunLock
+
+
+def test_a_lock_is_held_by_one_and_released(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path, 0.2), RunLock(tmp_path, 0.2)
+    assert first.acquire() is None
+    with pytest.raises(ValueError, match=f"pid {os.getpid()} on {socket.gethostname()}"):
+        second.acquire()
+    first.release()
+    assert second.acquire() is None
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path: Path) -> None:
+    code = "import runpy, sys, pathlib; lock = runpy.run_path(sys.argv[1])['RunLock'](pathlib.Path(sys.argv[2]), 10); lock.acquire()"
+    module = Path(__file__).parents[2] / "mambavision/run_lock.py"  # alone: importing the package takes seconds
+    subprocess.run([sys.executable, "-c", code, str(module), str(tmp_path)], check=True)
+    start = time.monotonic()
+    assert "pid" in RunLock(tmp_path, 10).acquire()
+    assert time.monotonic() - start < 1
+
+
+def test_a_number_used_again_by_another_process_does_not_keep_a_dead_lock_alive(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, 0.1)
+    lock.acquire()
+    record = json.loads(lock.path.read_text())
+    lock.path.write_text(json.dumps(record | {"started": record["started"] - 1, "token": "earlier"}))
+    assert RunLock(tmp_path, 0.1).acquire() is not None
+
+
+def test_of_many_who_find_a_dead_lock_one_gets_it(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, 0.1)
+    lock.acquire()
+    record = json.loads(lock.path.read_text())
+    lock.path.write_text(json.dumps(record | {"started": -1, "token": "dead"}))
+    outcomes: list[object] = []
+
+    def contend() -> None:
+        try:
+            outcomes.append(RunLock(tmp_path, 0.1).acquire())
+        except ValueError as refused:
+            outcomes.append(refused)
+
+    threads = [threading.Thread(target=contend) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([o for o in outcomes if not isinstance(o, ValueError)]) == 1
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_owner_whose_lock_was_taken_learns_it_at_its_next_heartbeat(tmp_path: Path) -> None:
+    owner = RunLock(tmp_path, 0.1)
+    owner.acquire()
+    owner.refresh()
+    record = json.loads(owner.path.read_text())
+    owner.path.write_text(json.dumps(record | {"token": "other", "host": "elsewhere", "pid": 9}))
+    with pytest.raises(LockLost, match="taken over by pid 9 on elsewhere"):
+        owner.refresh()
+    owner.release()
+    assert owner.path.exists(), "it is not ours to remove"
+
+
+def test_other_data_is_refused_unless_allowed(tmp_path: Path) -> None:
+    run_dir = RunDirectory(tmp_path)
+    run_dir.check_data({"samples": 100, "fingerprint": "a"}, ())
+    with pytest.raises(ValueError, match="samples: 100 -> 99"):
+        run_dir.check_data({"samples": 99, "fingerprint": "a"}, ())
+    run_dir.check_data({"samples": 99, "fingerprint": "b"}, ("data.fingerprint",))
+    run_dir.check_data({"samples": 99, "fingerprint": "b"}, ())
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "status.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def history(directory: Path, *events: dict) -> None:
+    lines = [json.dumps({"time": 1000.0 + 10 * i, **e}) for i, e in enumerate(events)]
+    (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def started(step: int) -> dict:
+    return {"event": "start", "step": step, "world_size": 2}
+
+
+def failed(step: int, cause: str = "RuntimeError: x") -> dict:
+    return {"event": "stop", "step": step, "status": "failed", "cause": cause}
+
+
+def test_history_tells_lost_steps_and_endings(tmp_path: Path) -> None:
+    train, saved = {"event": "train", "step": 30}, {"event": "checkpoint", "step": 20}
+    history(
+        tmp_path,
+        started(0),
+        saved,
+        train,
+        started(20),
+        {"event": "stop", "step": 44, "status": "preempted"},
+        started(44),
+    )
+    first, second, third = starts(tmp_path)
+    assert (first.ending, first.last_step, first.saved_step, first.lost_steps) == ("killed", 30, 20, 10)
+    assert first.useful_seconds == pytest.approx(20 * 20 / 30)
+    assert (second.ending, second.lost_steps, third.ending) == ("preempted", 0, "killed")
+
+
+def test_only_faults_at_the_same_step_count_against_the_restart_budget(tmp_path: Path) -> None:
+    preempted = {"event": "stop", "step": 20, "status": "preempted"}
+    history(tmp_path, started(0), started(20), failed(25), started(20), preempted, started(20))
+    assert len(starts_without_progress(tmp_path, 20)) == 2
+    assert len(starts_without_progress(tmp_path, 0)) == 0
+    history(tmp_path, started(20), failed(25), started(20), {"event": "checkpoint", "step": 30}, failed(31))
+    assert starts_without_progress(tmp_path, 20) == []

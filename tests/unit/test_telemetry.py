@@ -1,0 +1,75 @@
+"""Sinks: metrics.jsonl survives kills and full disks, the console shows, meters add up."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambavision.telemetry.meters import StepMeters
+from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
+
+
+def test_a_line_cut_short_by_a_kill_does_not_take_the_next_one_along(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "train", "step": 1}\n{"event": "tra')
+    sink = JsonlSink(path)
+    sink.log("train", {"step": 3})
+    sink.close()
+    assert [e["step"] for e in read_events(path)] == [1, 3]
+
+
+def test_a_full_disk_costs_lines_and_one_warning(capsys: pytest.CaptureFixture) -> None:
+    sink = JsonlSink(Path("/dev/full"))
+    for step in range(5):
+        sink.log("train", {"step": step})
+    sink.close()
+    assert sink.lost == 5
+    assert capsys.readouterr().err.count("cannot be written (No space left on device)") == 1
+
+
+def test_a_log_that_was_moved_away_is_begun_anew(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.log("train", {"step": 1})
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "old.jsonl")
+    sink.log("train", {"step": 2})
+    sink.close()
+    assert [e["step"] for e in read_events(tmp_path / "metrics.jsonl")] == [2]
+
+
+def test_values_that_json_does_not_know_are_readable_by_every_parser(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.log("train", {"train/loss": float("nan"), "train/grad_norm": float("inf"), "path": tmp_path})
+    sink.close()
+    refuse = lambda text: pytest.fail(f"{text} is no JSON")  # noqa: E731
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (record["train/loss"], record["train/grad_norm"]) == ("nan", "inf")
+
+
+def test_warnings_of_the_data_path_reach_the_log(tmp_path: Path) -> None:
+    telemetry = Telemetry([JsonlSink(tmp_path / "metrics.jsonl")])
+    with LogForwarder(telemetry):
+        logging.getLogger("data.corrupt").warning("image %s cannot be read", "x.jpg")
+        logging.getLogger("data.corrupt").info("not this")
+    logging.getLogger("data.corrupt").warning("nor this, any more")
+    telemetry.close()
+    assert [e["message"] for e in read_events(tmp_path / "metrics.jsonl")] == ["image x.jpg cannot be read"]
+
+
+def test_meters_mean_over_steps() -> None:
+    meters = StepMeters(torch.device("cpu"))
+    for losses in ((1.0, 2.0), (3.0, 4.0)):
+        meters.begin_step()
+        for loss in losses:
+            meters.add_loss(torch.tensor(loss) / 2)
+        meters.add_step(torch.tensor(10.0), images=8)
+    assert meters.step_loss == 3.5
+    result = meters.flush()
+    assert result["train/loss"] == 2.5
+    assert result["train/grad_norm"] == 10.0
+    assert result["speed/slowest_rank_ratio"] == 1.0
+    assert len(meters.by_rank["own_seconds"]) == 1
+    assert meters.steps == 0
