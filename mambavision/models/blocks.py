@@ -22,10 +22,34 @@ class ConvBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
-        branch = F.gelu(self.norm1(self.conv1(x)), approximate="tanh")
-        branch = self.norm2(self.conv2(branch))
+        branch = F.gelu(conv_batch_norm(self.conv1, self.norm1, x), approximate="tanh")
+        branch = conv_batch_norm(self.conv2, self.norm2, branch)
         gamma = None if self.gamma is None else self.gamma.view(-1, 1, 1)
         return add_branch(x, branch, gamma, self.drop_path if self.training else 0.0)
+
+
+def conv_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """norm(conv(x)). In training the convolution's bias is not added, as the batch mean takes it out again.
+
+    It still moves the running mean. Its gradient is then exactly zero, where summing the activations' gradients would leave
+    rounding noise, which an Adam-like optimizer blows up to full steps that differ with the order of summation.
+    """
+    if not isinstance(norm, nn.BatchNorm2d) or not norm.training or conv.bias is None:
+        return norm(conv(x))
+    with torch.no_grad():
+        # batch_norm keeps 1 - momentum of this and adds momentum * mean: what it would have been with the bias.
+        norm.running_mean.add_(conv.bias, alpha=norm.momentum / (1.0 - norm.momentum))
+        norm.num_batches_tracked.add_(1)
+    return F.batch_norm(
+        F.conv2d(x, conv.weight, None, conv.stride, conv.padding),
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias + 0.0 * conv.bias,  # so that the bias has a gradient, which DDP waits for
+        training=True,
+        momentum=norm.momentum,
+        eps=norm.eps,
+    )
 
 
 class Mlp(nn.Module):
