@@ -1,4 +1,4 @@
-"""A real slurmctld with several slurmd on this one host, on loopback, without systemd; started and stopped by the tests.
+"""A real slurmctld with several slurmd on this one host, on loopback, without systemd; the tests start and stop it.
 
 Debian's slurmd is built with support for several daemons on a host (-N NAME). GPUs are character devices that behave
 like /dev/null: SLURM hands them out, nobody computes on them.
@@ -6,6 +6,7 @@ like /dev/null: SLURM hands them out, nobody computes on them.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shutil
@@ -252,14 +253,12 @@ def _alive(pid: int) -> bool:
 
 
 def _kill(pid: int, number: int = signal.SIGKILL) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _children_of_steps(node: str, directory: Path) -> list[int]:
-    """Processes of job steps on `node`: descendants carry the node's name and our configuration in their environment."""
+    """Processes of job steps on `node`: they carry the node's name and our configuration in their environment."""
     wanted = (f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={directory}/slurm.conf".encode())
     found = []
     for entry in Path("/proc").iterdir():

@@ -1,0 +1,206 @@
+"""slurm/train.sbatch on a real controller: a run survives what a cluster does to it, and ends with the same weights."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from virtual_cluster import VirtualCluster
+
+from mambavision.engine.checkpoint import newest_valid
+from mambavision.run_dir import RunDirectory
+from mambavision.telemetry.sinks import read_events
+
+ROOT = Path(__file__).resolve().parents[2]
+SBATCH = ROOT / "slurm" / "train.sbatch"
+SETTINGS = ["experiment=tiny", "logger=jsonl", "run_name=run"]
+STEPS = 120
+LONG = [
+    "trainer.epochs=8",
+    "trainer.eval_every_epochs=8",
+    "data.synthetic_eval_samples=32",
+    "trainer.agree_every_steps=5",
+]
+PATIENCE = 240  # seconds; a machine with two busy cores needs a quarter of it
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+@dataclass
+class Job:
+    """A submitted run in its own working directory."""
+
+    cluster: VirtualCluster
+    id: str
+    cwd: Path
+
+    @property
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.cwd / "runs" / "run")
+
+    @property
+    def output(self) -> str:
+        return "".join(p.read_text(errors="replace") for p in sorted(self.cwd.glob("slurm-*.out")))
+
+    def events(self, name: str) -> list[dict]:
+        return [e for e in read_events(self.run.metrics) if e["event"] == name]
+
+    @property
+    def steps(self) -> int:
+        """The newest logged step."""
+        return max((e["step"] for e in self.events("train")), default=0)
+
+    def wait_for_step(self, step: int) -> None:
+        self.cluster.wait(lambda: self.steps >= step or self._is_over(), PATIENCE, f"step {step}\n{self.output}")
+        assert self.steps >= step, self.output
+
+    def wait_for_start(self, count: int) -> None:
+        done = lambda: len(self.events("start")) >= count or self._is_over()  # noqa: E731
+        self.cluster.wait(done, PATIENCE, f"start {count} of the run\n{self.output}")
+        assert len(self.events("start")) >= count, self.output
+
+    def _is_over(self) -> bool:
+        return self.cluster.state(self.id) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+    def end(self) -> str:
+        return self.cluster.wait_for_end(self.id, PATIENCE)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        path, _ = newest_valid(self.run.checkpoints)
+        state = torch.load(path, weights_only=True)
+        return {f"{part}.{key}": tensor for part in ("model", "ema") for key, tensor in state[part].items()}
+
+
+def submit(
+    cluster: VirtualCluster, cwd: Path, *settings: str, options: tuple[str, ...] = (), nproc: int = 2, **env: str
+) -> Job:
+    """On two nodes with `nproc` ranks each, from a directory that is not the repository's."""
+    shape = ["--nodes=2", f"--gpus-per-node={nproc}", "--cpus-per-task=4", "--time=30"]
+    env = {"NPROC_PER_NODE": str(nproc), "PREFLIGHT": "0", "PYTHON": sys.executable, **env}
+    answer = cluster.run(
+        ["sbatch", "--parsable", *shape, *options, str(SBATCH), *SETTINGS, *settings], cwd=cwd, env=env
+    )
+    return Job(cluster, answer, cwd)
+
+
+def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    different = [k for k in ours if not torch.equal(ours[k], theirs[k])]
+    assert not different, f"{len(different)} of {len(ours)} tensors differ: {different[:5]}"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    job = submit(cluster, tmp_path_factory.mktemp("uninterrupted"), *LONG, PREFLIGHT="1")
+    assert job.end() == "COMPLETED", job.output
+    return job
+
+
+def test_two_nodes_of_two_ranks_train_and_finish(uninterrupted: Job) -> None:
+    status, start = uninterrupted.run.status(), uninterrupted.events("start")
+    assert status["status"] == "finished" and status["step"] == STEPS
+    assert [e["world_size"] for e in start] == [4]
+    assert "all-reduce" in uninterrupted.output and "4 ranks" in uninterrupted.output  # the pre-flight check
+    logs = list((uninterrupted.run.path / "logs").glob("job*/train/node*/*/attempt_0/*/stderr.log"))
+    assert len(logs) == 4  # one for each rank
+    assert not uninterrupted.run.stop_file.exists()
+
+
+def test_a_run_stopped_by_its_time_limit_goes_on_and_ends_with_the_same_weights(
+    cluster: VirtualCluster, uninterrupted: Job, tmp_path: Path
+) -> None:
+    # The limit is checked every 30 s, so the notice comes 20 to 50 s after the start and the limit after 60 to 90.
+    slow = "sleep0.4@0-1000:0"
+    job = submit(cluster, tmp_path, *LONG, options=("--time=1", "--signal=B:USR1@40"), MAMBAVISION_FAULT=slow)
+    job.wait_for_start(2)
+    cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=30"])
+    assert job.end() == "COMPLETED", job.output
+    assert "notice (USR1)" in job.output and "back to the queue" in job.output
+    stopped = job.events("stop")[0]
+    assert stopped["status"] == "preempted" and 0 < stopped["step"] < STEPS
+    assert job.events("start")[1]["step"] == stopped["step"]  # not one step is repeated
+    assert_same_weights(job.weights(), uninterrupted.weights())
+
+
+def test_a_run_survives_signals_requeue_node_loss_and_preemption_with_the_same_weights(
+    cluster: VirtualCluster, uninterrupted: Job, tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path, *LONG, options=("-w", "n1,n2"), MAMBAVISION_FAULT="sleep0.2@0-1000:0")
+
+    def progress() -> None:
+        """The newest start has done ten steps of its own."""
+        job.wait_for_step(job.events("start")[-1]["step"] + 10)
+
+    # To every process of the step, also to torchrun.
+    job.wait_for_start(1)
+    progress()
+    cluster.run(["scancel", "--signal=USR1", job.id])
+    job.wait_for_start(2)
+    assert job.events("stop")[-1]["status"] == "preempted"
+
+    # From outside, without a word to the run.
+    progress()
+    cluster.run(["scontrol", "requeue", job.id])
+    job.wait_for_start(3)
+
+    # A node without power: its daemon and its ranks die at once, the others notice.
+    progress()
+    cluster.kill_node("n2")
+    cluster.start_node("n2")
+    job.wait_for_start(4)
+
+    # Something more important wants the nodes.
+    progress()
+    urgent = cluster.run(
+        ["sbatch", "--parsable", "-p", "high", "-w", "n1,n2", "-N2", "--exclusive", "-o/dev/null", "--wrap=sleep 1"]
+    )
+    job.wait_for_start(5)
+    assert cluster.state(urgent) == "COMPLETED"
+    assert job.events("stop")[-1]["status"] == "preempted"  # on notice, within the partition's grace time
+
+    assert job.end() == "COMPLETED", job.output
+    assert job.run.status()["status"] == "finished"
+    assert_same_weights(job.weights(), uninterrupted.weights())
+
+
+def test_a_crash_loop_ends_and_says_so(cluster: VirtualCluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, nproc=1, MAMBAVISION_FAULT="kill@4:1", MAX_RESTARTS="1")
+    assert job.end() == "FAILED", job.output
+    assert "2 faults in a row without a new checkpoint" in job.output
+    assert cluster.job(job.id)["Restarts"] == "1"
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: VirtualCluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, *LONG, nproc=1, MAMBAVISION_FAULT="sleep0.2@0-1000:0")
+    job.wait_for_step(5)
+    cluster.run(["scancel", job.id])
+    assert job.end() == "CANCELLED"
+    assert job.run.status()["status"] == "preempted"  # the work is kept all the same
+
+
+def test_wrong_settings_are_refused_before_anything_starts(cluster: VirtualCluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, "optimizer.lrr=1")
+    assert job.end() == "FAILED"
+    assert "did you mean optimizer.lr?" in job.output and cluster.job(job.id)["ExitCode"] == "2:0"
+    assert not job.run.path.exists()
+
+
+def test_check_says_what_it_would_do_without_slurm(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(SBATCH), "--check", *SETTINGS, "trainer.global_batch_size=256"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"4 nodes x 8", done.stdout) and "runs/run: starts from the beginning" in done.stdout
+    assert "global batch 256 = 8 images x 32 ranks x 1" in done.stdout
+    assert not list(tmp_path.iterdir())  # nothing is written

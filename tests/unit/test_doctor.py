@@ -1,0 +1,101 @@
+"""The pre-flight checks find what is planted, and say what to do about it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambavision import distributed
+from mambavision.cluster import doctor, doctor_device, sizing
+from mambavision.cluster.doctor import Plan
+from mambavision.compose import compose_train_config
+from mambavision.models.variants import VARIANTS
+
+TINY = ["experiment=tiny", "logger=jsonl"]
+
+
+def test_a_sound_run_has_no_errors(tmp_path: Path) -> None:
+    cfg = compose_train_config([*TINY, f"output_dir={tmp_path}"])
+    findings = [*doctor.check_run(cfg, Plan(1, 2)), *doctor_device.check_torch(cfg), *doctor_device.check_scan()]
+    assert [f.line() for f in findings if f.level == "error"] == []
+    assert {"python", "packages", "data", "batch", "disk", "run directory", "wandb", "cuda", "scan"} <= {f.name for f in findings}
+    assert not list(tmp_path.iterdir())  # the probe is gone
+
+
+def test_missing_data_is_an_error_with_the_cure(tmp_path: Path) -> None:
+    cfg = compose_train_config(["model=mambavision_nano", f"data.path={tmp_path / 'nowhere'}"])
+    (finding,) = doctor.check_data(cfg)
+    assert finding.level == "error" and "nowhere" in finding.message and "prepare_data" in finding.cure
+    cfg = compose_train_config(["model=mambavision_nano", f"data.path={tmp_path}"])
+    assert [f.level for f in doctor.check_data(cfg)] == ["error", "error"]  # neither train.beton nor val.beton
+    (tmp_path / "train").mkdir()
+    cfg = compose_train_config(["model=mambavision_nano", "data=folder", f"data.path={tmp_path}"])
+    assert "no val folder" in doctor.check_data(cfg)[0].message
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose_train_config(["model=mambavision_l", "data=synthetic", "data.num_classes=10", f"output_dir={tmp_path}"])
+    size, count = doctor.planned_checkpoint_bytes(cfg)
+    assert size == 16 * VARIANTS["mambavision_l"].params and count == 4  # two newest, the best, the one being written
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size * count - 1))
+    assert doctor.check_disk(cfg).level == "error"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size * count + 1))
+    assert doctor.check_disk(cfg).level == "warning"
+
+
+def test_a_directory_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    finding = doctor.check_writing(tmp_path / "file")
+    assert finding.level == "error" and "output_dir=DIR" in finding.cure
+
+
+def test_a_world_that_does_not_divide_the_batch_is_an_error() -> None:
+    finding = doctor.check_batch(compose_train_config(TINY), Plan(4, 8))
+    assert finding.level == "error" and "nearest" in finding.message
+
+
+def test_time_is_told_against_the_limit(tmp_path: Path) -> None:
+    cfg = compose_train_config(["model=mambavision_t", f"data.path={tmp_path}"])
+    told = doctor.check_time(cfg, Plan(4, 8, limit_seconds=3600)).message
+    hours = 300 * sizing.IMAGENET_TRAIN_IMAGES / (32 * 6298 / 3) / 3600
+    assert f"about {hours:.1f} h" in told and f"about {int(hours) + 1} allocations" in told
+    assert doctor.check_time(cfg, Plan(1, 1, limit_seconds=60)).level == "warning"
+
+
+def test_wandb_online_without_a_key_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    cfg = compose_train_config(["experiment=tiny", "logger.wandb=online"])
+    assert doctor.check_wandb(cfg).level == "warning" and "wandb login" in doctor.check_wandb(cfg).cure
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password " + "x" * 40)
+    (tmp_path / ".netrc").chmod(0o600)
+    assert doctor.check_wandb(cfg).level == "ok"
+
+
+def test_a_broken_scan_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = doctor_device.selective_scan_tokens
+
+    def wrong(*args, backend: str):
+        return honest(*args, backend=backend) * (1.0 if backend == "reference" else 1.2)
+
+    monkeypatch.setattr(doctor_device, "selective_scan_tokens", wrong)
+    levels = {f.name: f.level for f in doctor_device.check_scan()}
+    assert levels["scan triton" if torch.cuda.is_available() else "scan cpu"] == "error"
+
+
+def test_the_loader_rate_is_compared_with_what_is_needed() -> None:
+    cfg = compose_train_config(TINY)
+    world = distributed.World(0, 1, 0, 1, torch.device("cpu"))
+    for needed, level in ((1.0, "ok"), (1e9, "warning"), (None, "ok")):
+        assert doctor_device.check_loader(cfg, world, Plan(1, 2), needed).level == level
+
+
+def test_the_sizing_table_is_what_the_model_keeps() -> None:
+    size = sizing.SIZES["mambavision_t"]
+    assert size.params == VARIANTS["mambavision_t"].params
+    assert sizing.saved_mib_per_image("mambavision_t", "fp32") == pytest.approx(2 * size.saved_mib, rel=0.05)
