@@ -163,7 +163,8 @@ def data_parallel(model: nn.Module, world: World) -> nn.Module:
 class BatchNormAverager:
     """Keeps BatchNorm's running statistics equal on all ranks, and independent of how many ranks there are.
 
-    A step's statistics are the mean over all micro-batches of the global batch, moved in with BatchNorm's momentum once a
+    A step's statistics are the mean over all micro-batches of the global batch, moved in with BatchNorm's momentum
+    once a
     step. Over one micro-batch a rank this equals the published averaging before evaluation (the recurrence is linear in
     its input), yet every checkpoint holds the one true state and the world size may change on resume.
     """
@@ -184,7 +185,8 @@ class BatchNormAverager:
             self.before = self._flat()
 
     def begin_micro_batch(self, index: int, count: int) -> None:
-        """Weigh micro-batch `index` of this rank's `count` so that after the last one each has had weight momentum/count."""
+        """Weigh micro-batch `index` of this rank's `count` so that after the last one each has had weight
+        momentum/count."""
         if count == 1:
             return
         for layer, momentum in zip(self.layers, self.momenta):

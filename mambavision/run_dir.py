@@ -1,6 +1,7 @@
 """The run directory: named by the configuration, made by rank 0, told to the others. Owns config.yaml and status.json.
 
-runs/<run_name>/ holds config.yaml, metrics.jsonl, status.json, checkpoints/ and W&B's own folder. The same command finds
+runs/<run_name>/ holds config.yaml, metrics.jsonl, status.json, checkpoints/ and W&B's own folder. The same command
+finds
 the same directory and continues; nothing in the name comes from the clock.
 """
 
@@ -120,7 +121,8 @@ class RunDirectory:
             (self.path / "writable").unlink()
         except OSError as error:
             raise ValueError(
-                f"cannot write the run directory {self.path}: {error.strerror}; give another with output_dir=DIR or run_name=NAME"
+                f"cannot write the run directory {self.path}: {error.strerror}; give another with output_dir=DIR "
+                "or run_name=NAME"
             ) from error
 
     def write_config(self, cfg: TrainConfig) -> None:
@@ -131,7 +133,8 @@ class RunDirectory:
         """Remember which data set the run trains on; refuse to continue on another.
 
         Raises:
-            ValueError: size, classes or content differ from the first start's and `allow` does not name data.fingerprint.
+            ValueError: size, classes or content differ from the first start's and `allow` does not name
+            data.fingerprint.
         """
         file = self.path / "data.json"
         if file.exists() and not belongs_to("data.fingerprint", allow):
@@ -209,7 +212,8 @@ def check_resume(stored: dict[str, Any], current: TrainConfig) -> list[str]:
     if refused:
         table = "\n".join(f"  {k}: {a!r} -> {b!r}" for k, (a, b) in refused.items())
         raise ValueError(
-            f"this run was started with other settings:\n{table}\nstart another run with run_name=NAME, take the stored values, "
+            f"this run was started with other settings:\n{table}\nstart another run with run_name=NAME, take the "
+            "stored values, "
             f"or allow the change: 'resume.allow=[{','.join(refused)}]'"
         )
     return [f"{k}: {a!r} -> {b!r}" for k, (a, b) in changes.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ def starts(directory: Path) -> list[Start]:
         elif event["event"] == "stop":
             start.ending, start.cause = event["status"], event.get("cause")
     _add_heartbeats(found, directory)
-    for start, following in zip(found, found[1:]):
+    for start, following in itertools.pairwise(found):
         start.lost_steps = max(0, start.last_step - following.step)
     for start in found:
         done = start.last_step - start.step
@@ -87,7 +88,9 @@ def no_progress_message(counted: list[Start], step: int, steps_per_epoch: int) -
     reached = max(s.last_step for s in counted)
     causes = "; ".join(dict.fromkeys(s.cause or "killed without a word" for s in counted))
     return (
-        f"{NO_PROGRESS}: the last {len(counted)} starts all began at step {step} and ended by a fault at step {reached} at the latest "
-        f"(epoch {reached // steps_per_epoch}, step {reached % steps_per_epoch} of it) without a newer checkpoint. Causes: {causes}. "
+        f"{NO_PROGRESS}: the last {len(counted)} starts all began at step {step} and ended by a fault at step "
+        f"{reached} at the latest "
+        f"(epoch {reached // steps_per_epoch}, step {reached % steps_per_epoch} of it) without a newer "
+        f"checkpoint. Causes: {causes}. "
         "Mend the cause, then repeat the command"
     )

@@ -1,4 +1,4 @@
-"""One process at a time owns a run directory: a lock file with host, pid and heartbeat, taken over once its owner is gone.
+"""One process at a time owns a run directory: a lock file with host, pid and heartbeat, taken over from the dead.
 
 Works over a shared file system without lock service: a hard link makes the file appear complete and at once, and its
 time of change, kept fresh by the owner, tells whether an owner on another host still lives.
@@ -128,7 +128,8 @@ class RunLock:
         if owner is not None and owner["token"] != self.token:
             self.held = False
             raise LockLost(
-                f"{self.path.parent} was taken over by pid {owner['pid']} on {owner['host']}; this process stops writing"
+                f"{self.path.parent} was taken over by pid {owner['pid']} on {owner['host']}; this process stops "
+                "writing"
             )
 
     def release(self) -> None:
@@ -151,7 +152,8 @@ def _is_alive(owner: dict[str, Any]) -> bool:
 
 
 def _process_identity(pid: int) -> dict[str, Any]:
-    """What tells a process from all others of a host: boot, pid namespace and start time; empty values where unknown."""
+    """What tells a process from all others of a host: boot, pid namespace and start time; empty values where
+    unknown."""
     identity: dict[str, Any] = {"boot": None, "pid_namespace": None, "started": None}
     with contextlib.suppress(OSError):
         identity["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

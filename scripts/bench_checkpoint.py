@@ -73,14 +73,14 @@ def measure(state: dict[str, Any], name: str, saves: int, directory: Path) -> li
     gibibytes = sum(t.numel() * t.element_size() for t in tensors) / 2**30
     print(f"{name}: {len(tensors)} tensors, {gibibytes:.2f} GiB")
     copies = [timed(lambda: [target.copy_(t) for target, t in zip(targets, tensors)]) for _ in range(saves + 1)][1:]
-    del targets
+    targets.clear()
 
     written: list[float] = []
     log = lambda event, **fields: written.append(fields["seconds"]) if event == "checkpoint" else print(event, fields)  # noqa: E731
     cold = Checkpointer(directory, CheckpointConfig(keep_last=1), log)
     unprepared = [timed(lambda: cold.save(state, step=0, record={}))]
     cold.finish()
-    del cold
+    cold.host_copy.buffers.clear()
     warm = Checkpointer(directory, CheckpointConfig(keep_last=1), log)
     warm.prepare(state)
     warm.finish()

@@ -116,7 +116,8 @@ def show(report: dict[str, Any]) -> None:
     console.print(table)
     goodput = "" if report["goodput"] is None else f", goodput {100 * report['goodput']:.1f} %"
     console.print(
-        f"lost      {report['lost_steps']} steps over {len(report['starts'])} starts{goodput} of {report['hours']:.2f} h"
+        f"lost      {report['lost_steps']} steps over {len(report['starts'])} starts{goodput} of "
+        f"{report['hours']:.2f} h"
     )
     for item in report["checkpoints"]:
         console.print(f"kept      {item['name']}: {'valid' if item['valid'] else item['reason']}", markup=False)

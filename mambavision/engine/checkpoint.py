@@ -1,4 +1,5 @@
-"""Checkpoint files that can be believed: written to a temporary name, fsynced, checksummed, renamed; verified before use.
+"""Checkpoint files that can be believed: written to a temporary name, fsynced, checksummed, renamed; verified before
+use.
 
 A checkpoint is two files, checkpoints/step_00000120.pt (a dict: model, ema, optimizer, scaler, progress, ...) and
 step_00000120.pt.json (checksum, size, step, metrics). The newest valid one wins. When they are written, and which are
@@ -64,7 +65,8 @@ def verify(path: Path) -> str | None:
     record = read_sidecar(path)
     if record is None:
         return f"its checksum file {sidecar(path).name} is missing or unreadable"
-    # While a step is written anew (after a rollback) the sidecar is valid for the file that is there and the one to come.
+    # While a step is written anew (after a rollback) the sidecar is valid for the file that is there and the one to
+    # come.
     versions = [v for v in (record, record.get("replaces")) if v]
     try:
         size = path.stat().st_size
@@ -106,7 +108,8 @@ def newest_valid(
     if refused:
         reasons = "\n".join(f"  {r.path.name}: {r.reason}" for r in refused)
         raise CheckpointError(
-            f"none of the {len(refused)} checkpoints in {directory} is valid:\n{reasons}\nNothing was changed. Put a good copy "
+            f"none of the {len(refused)} checkpoints in {directory} is valid:\n{reasons}\nNothing was changed. "
+            "Put a good copy "
             "back (with its .json), or start another run with run_name=NAME"
         )
     return None, refused
@@ -131,7 +134,8 @@ def load(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{path} holds more than tensors and plain values and was not loaded ({reason}). Use a checkpoint that this "
+            f"{path} holds more than tensors and plain values and was not loaded ({reason}). Use a checkpoint "
+            "that this "
             "program has written, or start another run with run_name=NAME"
         ) from error
 

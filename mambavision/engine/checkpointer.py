@@ -23,7 +23,8 @@ _FINAL_ATTEMPTS = 3  # for a checkpoint that the run waits for
 
 
 class HostCopy:
-    """A copy of a nested state in host memory, made into the same buffers each time: the only part training waits for."""
+    """A copy of a nested state in host memory, made into the same buffers each time: the only part training waits
+    for."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
@@ -106,7 +107,8 @@ class Checkpointer:
         if step == self.on_disk_step or self.writing:
             return False
         now = time.monotonic()
-        by_steps = self.cfg.every_steps is not None and step % self.cfg.every_steps == 0
+        every, last = self.cfg.every_steps, max(self.on_disk_step, self.copied_step, 0)
+        by_steps = every is not None and step // every > last // every
         by_minutes = self.cfg.every_minutes is not None and now - self.last_save_time >= 60 * self.cfg.every_minutes
         return by_steps or by_minutes or (self.retry_time is not None and now >= self.retry_time)
 
@@ -221,7 +223,8 @@ def is_good(record: dict[str, Any]) -> bool:
 def first_not_finite(state: Any, name: str = "") -> str | None:
     """The first tensor in a nested state that holds inf or nan. Reads all of it: for the writer's thread."""
     if isinstance(state, torch.Tensor):
-        # A sum is finite unless a term is not (or 1e38 is exceeded, which is no weight either): no temporary of that size.
+        # A sum is finite unless a term is not (or 1e38 is exceeded, which is no weight either): no temporary of that
+        # size.
         return (
             None if not state.is_floating_point() or torch.isfinite(state.sum(dtype=torch.float32)) else name.strip(".")
         )

@@ -1,4 +1,4 @@
-"""Which rank failed first, and why: each failing rank leaves a note, rank 0 reads them before it says how the run ended."""
+"""Which rank failed first, and why: each failing rank leaves a note, rank 0 reads them before it says how it ended."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def first_cause(directory: Path, world: World, error: BaseException, since: floa
         first = min(notes, key=lambda n: n["time"])
         return f"rank {first['rank']} on {first['host']} at step {first['step']}: {first['cause']}"
     gone = [
-        f"rank {b['rank']} on {b['host']} (pid {b['pid']}) is gone since step {b['step']} without a word: killed, out of memory?"
+        f"rank {b['rank']} on {b['host']} (pid {b['pid']}) is gone since step {b['step']} without a word: killed, "
+        "out of memory?"
         for b in read_heartbeats(directory)
         if b["rank"] < world.world_size and b["host"] == socket.gethostname() and not _alive(b["pid"])
     ]

@@ -1,7 +1,8 @@
 """What a run does about steps that are not finite, and about a model that has collapsed.
 
 The optimizer refuses a step with a gradient norm of inf or nan on the device; nobody waits for the verdict. The guard
-keeps count on the device, reads the count where the ranks agree anyway, and asks for a rollback when refusals do not end.
+keeps count on the device, reads the count where the ranks agree anyway, and asks for a rollback when refusals do not
+end.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class Guard:
         """Count a rollback. Raises TrainingFailed when there have been enough of them."""
         if self.rollbacks >= self.cfg.max_rollbacks:
             raise TrainingFailed(
-                f"{cause}, after {self.rollbacks} rollback(s) (guard.max_rollbacks={self.cfg.max_rollbacks}). The good checkpoints "
+                f"{cause}, after {self.rollbacks} rollback(s) (guard.max_rollbacks={self.cfg.max_rollbacks}). The "
+                "good checkpoints "
                 "are kept; look at the samples in nonfinite/, lower optimizer.lr, or find the place with debug=nan"
             )
         self.rollbacks += 1
@@ -118,7 +120,8 @@ class Guard:
         self.collapsed_logs = 0
 
     def collapsed(self, mean_loss: float, step: int) -> bool:
-        """Given the loss of each log interval that ends at `step`: whether the model has fallen back to a blind guess and stays there."""
+        """Given the loss of each log interval that ends at `step`: whether the model has fallen back to a blind guess
+        and stays there."""
         margin = self.cfg.collapse_loss_margin
         if margin == 0 or not math.isfinite(mean_loss):
             return False

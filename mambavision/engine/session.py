@@ -7,7 +7,6 @@ import faulthandler
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,15 @@ from mambavision.config import TrainConfig
 from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
 from mambavision.engine import checkpoint
+from mambavision.engine.admission import check_before_start, failures_in_status, locked, log_changes
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.failure import first_cause, leave_note
 from mambavision.engine.precision import resolve_precision
 from mambavision.engine.stop import StopNotice
 from mambavision.engine.trainer import Trainer
 from mambavision.engine.watchdog import Watchdog
-from mambavision.run_dir import RunDirectory, check_resume, fingerprint, run_directory
-from mambavision.run_history import no_progress_message, starts, starts_without_progress
+from mambavision.run_dir import RunDirectory, fingerprint, run_directory
+from mambavision.run_history import no_progress_message, starts_without_progress
 from mambavision.run_lock import LockLost, RunLock
 from mambavision.telemetry.console import ConsoleSink
 from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
@@ -51,7 +51,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
     with contextlib.ExitStack() as parts:
         stop = parts.enter_context(StopNotice(world, run_dir.stop_file))
         lock = parts.enter_context(locked(run_dir, cfg, world))
-        parts.enter_context(refusals_in_status(run_dir, world))
+        parts.enter_context(failures_in_status(run_dir, world, lock))
         distributed.on_main(world, lambda: check_before_start(run_dir, cfg, stop))
 
         telemetry = build_telemetry(cfg, run_dir, world)
@@ -65,7 +65,8 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
         num_classes = cfg.model.num_classes or train_loader.num_classes
         if num_classes < train_loader.num_classes:
             raise ValueError(
-                f"model.num_classes={num_classes}, but the data set has {train_loader.num_classes} classes; leave model.num_classes out"
+                f"model.num_classes={num_classes}, but the data set has {train_loader.num_classes} classes; leave "
+                "model.num_classes out"
             )
         distributed.on_main(world, lambda: run_dir.check_data(describe_data(train_loader), cfg.resume.allow))
 
@@ -96,53 +97,6 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
             end(trainer, run_dir, "failed", cause=cause, may_write=lock.held)
             raise
         return end(trainer, run_dir, status, cause=stop.cause if status == "preempted" else None, may_write=lock.held)
-
-
-@contextlib.contextmanager
-def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World) -> Iterator[RunLock]:
-    """The run directory, made and held by rank 0. Raises ValueError, on every rank, where another training holds it."""
-    lock = RunLock(run_dir.path, cfg.watchdog.heartbeat_seconds)
-
-    def acquire() -> None:
-        run_dir.create()
-        taken_from = lock.acquire()
-        if taken_from is not None:
-            print(f"note      the lock of a dead training is taken over ({taken_from})", flush=True)
-
-    distributed.on_main(world, acquire)
-    try:
-        yield lock
-    finally:
-        with contextlib.suppress(OSError):  # what stays is recognised as a dead process's
-            lock.release()
-
-
-@contextlib.contextmanager
-def refusals_in_status(run_dir: RunDirectory, world: World) -> Iterator[None]:
-    """A start that is refused must not leave an earlier `preempted` behind, which would have it requeued for ever."""
-    try:
-        yield
-    except ValueError as error:
-        before = run_dir.status() or {}
-        if world.is_main and before.get("status") not in ("finished", "failed"):
-            run_dir.write_status("failed", step=before.get("step", 0), cause=str(error), refused=True)
-        raise
-
-
-def check_before_start(run_dir: RunDirectory, cfg: TrainConfig, stop: StopNotice) -> None:
-    """What can be refused before anything is built. Rank 0 only.
-
-    Raises:
-        ValueError: the directory holds another run than `cfg`, or one whose restarts lead nowhere.
-    """
-    stop.remove_old_stop_file()
-    kept = checkpoint.list_checkpoints(run_dir.checkpoints)
-    if cfg.resume.mode == "never" and kept:
-        raise ValueError(f"{run_dir.path} holds a run already and resume.mode=never; give another run_name=NAME")
-    stored = run_dir.stored_config()
-    if stored is not None and kept:
-        check_resume(stored, cfg)
-    run_dir.write_status("running", step=checkpoint.step_of(kept[-1]) if kept else 0)
 
 
 def build_watchdog(
@@ -178,7 +132,8 @@ def agreed_run_directory(cfg: TrainConfig) -> str:
     hashes = distributed.gather_objects(fingerprint(cfg))
     if len(set(hashes)) > 1:
         raise ValueError(
-            f"the ranks have composed different configurations (hashes by rank: {', '.join(hashes)}): give every node the same "
+            f"the ranks have composed different configurations (hashes by rank: {', '.join(hashes)}): give every "
+            "node the same "
             "command and the same conf/, and a sweeper that draws its points a seed, e.g. hydra.sweeper.sampler.seed=0"
         )
     return distributed.broadcast_object(run_directory(cfg))
@@ -255,7 +210,7 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
             message = no_progress_message(counted, step, trainer.train_loader.steps_per_epoch)
             trainer.telemetry.log("stop", status="failed", step=step, cause=message)
             raise ValueError(message)
-        log_changes(trainer, run_dir)
+        log_changes(run_dir, cfg, world, trainer.progress.step, trainer.telemetry)
         checkpoint.set_aside(refused)
         run_dir.write_config(cfg)
         if path is not None:
@@ -263,19 +218,6 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
 
     distributed.on_main(world, accept)
     return None if path is None else path.name
-
-
-def log_changes(trainer: Trainer, run_dir: RunDirectory) -> None:
-    """What differs from the last start and is allowed to. Rank 0 only."""
-    stored = run_dir.stored_config()
-    for change in check_resume(stored, trainer.cfg) if stored and trainer.progress.step else []:
-        trainer.telemetry.log("notice", message=f"changed since the run was started: {change}")
-    earlier = starts(run_dir.path)
-    if earlier and earlier[-1].world_size != trainer.world.world_size:
-        trainer.telemetry.log(
-            "notice",
-            message=f"{trainer.world.world_size} ranks where there were {earlier[-1].world_size}; the global batch stays the same",
-        )
 
 
 def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed_from: str | None) -> None:
@@ -307,7 +249,9 @@ def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed
     if expected is not None and expected != world.world_size:
         trainer.telemetry.log(
             "notice",
-            message=f"the preset is planned for {expected} GPUs; {world.world_size} rank(s) keep its batch by accumulation",
+            message=(
+                f"the preset is planned for {expected} GPUs; {world.world_size} rank(s) keep its batch by accumulation"
+            ),
         )
 
 

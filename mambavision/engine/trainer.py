@@ -1,4 +1,4 @@
-"""The training loop. `fit` runs epochs, `train_epoch` runs steps, `train_step` is the gradient step, whole and in order."""
+"""The training loop. `fit` runs epochs, `train_epoch` steps; `train_step` is the gradient step, whole and in order."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mambavision import distributed
 from mambavision.config import TrainConfig
 from mambavision.config_checks import BatchPlan
 from mambavision.distributed import BatchNormAverager, World
-from mambavision.engine import checkpoint, faults
-from mambavision.engine.checkpointer import Checkpointer, is_good
+from mambavision.engine import checkpoint, faults, recovery
+from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.evaluate import evaluate
-from mambavision.engine.guard import Guard, Refused, TrainingFailed, name_first_not_finite, write_refused_samples
+from mambavision.engine.guard import Guard, name_first_not_finite
 from mambavision.engine.losses import mesa_loss, soft_target_cross_entropy
 from mambavision.engine.precision import autocast_context
 from mambavision.engine.progress import TrainProgress
@@ -112,7 +112,8 @@ class Trainer:
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def fit(self) -> str:
-        """Train to the last step, or to the step at which all ranks have agreed to stop. Returns finished or preempted."""
+        """Train to the last step, or to the step at which all ranks have agreed to stop. Returns finished or
+        preempted."""
         if self.at_epoch_end and self.last_eval.get("step") != self.progress.step:
             self.finish_epoch()  # a run that was stopped before its evaluation makes up for it
         while self.progress.step < self.last_step:
@@ -134,13 +135,13 @@ class Trainer:
             while self.progress.step < end:
                 self.train_step(batches)
                 self.after_first_step()
-                at_end = self.progress.step == end
-                if self.progress.step % self.cfg.trainer.log_every_steps == 0 or at_end:
+                step, at_end = self.progress.step, self.progress.step == end
+                if step % self.cfg.trainer.log_every_steps == 0 or at_end:
                     self.log_training()
-                if self.progress.step % self.cfg.trainer.agree_every_steps == 0 or self.guard.full or at_end:
-                    if self.agree() is Decision.STOP and self.progress.step < self.last_step:
-                        return "stop"
-                if self.checkpointer is not None and not at_end and self.checkpointer.due(self.progress.step):
+                is_boundary = step % self.cfg.trainer.agree_every_steps == 0 or self.guard.full or at_end
+                if is_boundary and recovery.agree(self) is Decision.STOP and step < self.last_step:
+                    return "stop"
+                if self.checkpointer is not None and not at_end and self.checkpointer.due(step):
                     self.save()
         return "end"
 
@@ -164,7 +165,8 @@ class Trainer:
                 self.scaler.scale(loss).backward()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        # Equal on every rank, as the gradients are; optimizer and EMA refuse a step whose norm is not finite by themselves,
+        # Equal on every rank, as the gradients are; optimizer and EMA refuse a step whose norm is not finite by
+        # themselves,
         # on the device, so nothing here waits for it.
         grad_norm = global_grad_norm(self.raw_model.parameters())
         self.guard.observe(self.progress.step, self.meters.step_loss, grad_norm)
@@ -214,9 +216,10 @@ class Trainer:
         """Evaluate where it is due, then keep the state together with the score."""
         epochs_done = self.progress.step // self.train_loader.steps_per_epoch
         last = self.progress.step == self.last_step
-        if last or (self.at_epoch_end and epochs_done % self.cfg.trainer.eval_every_epochs == 0):
+        due = last or (self.at_epoch_end and epochs_done % self.cfg.trainer.eval_every_epochs == 0)
+        if due:
             self.evaluate(epochs_done)
-        self.save()
+        self.save(again=due)
 
     def evaluate(self, epochs_done: int) -> None:
         faults.at("evaluate", self.progress.step)
@@ -242,7 +245,7 @@ class Trainer:
         if self.world.world_size > 1:
             self.telemetry.log("ranks", step=self.progress.step, **self.meters.by_rank)
         if self.guard.collapsed(measured["train/loss"], self.progress.step):
-            self.on_collapse(measured["train/loss"])
+            recovery.on_collapse(self, measured["train/loss"])
 
     def after_first_step(self) -> None:
         """What takes long (data, compilation) is over, so from now on a silent rank is a broken one."""
@@ -251,60 +254,6 @@ class Trainer:
             distributed.set_timeout(self.cfg.watchdog.step_timeout_seconds)
             if self.checkpointer is not None:
                 self.checkpointer.prepare(self.state_dict())
-
-    # ---- what does not go well ---------------------------------------------------------------------------------------
-
-    def agree(self) -> Decision:
-        """What all ranks do next. Collective; refused steps are reported here, and too many of them undone."""
-        refused = self.guard.read()
-        if refused.steps:
-            self.report(refused)
-        decision = self.stop.agreed(Decision.ROLL_BACK if self.guard.wants_rollback(refused) else Decision.CONTINUE)
-        if decision is Decision.ROLL_BACK:
-            first = refused.steps[-1] - refused.in_a_row + 1
-            cause = (
-                f"{refused.in_a_row} steps in a row, from step {first} on, had a loss or gradient that is not finite"
-            )
-            self.roll_back(cause, before=first)
-            decision = self.stop.agreed()
-        return decision
-
-    def report(self, refused: Refused) -> None:
-        """Name the refused steps, the ranks whose loss was not finite in them, and the samples they held. Collective."""
-        by_rank = distributed.gather_objects(refused.mine)
-        ranks = [rank for rank, steps in enumerate(by_rank) if steps]
-        self.telemetry.log(
-            "refused", step=self.progress.step, steps=refused.steps, ranks=ranks, in_a_row=refused.in_a_row
-        )
-        if self.world.is_main:
-            for step in refused.steps:
-                ranks = [rank for rank, steps in enumerate(by_rank) if step in steps]
-                write_refused_samples(self.directory, step, self.plan, self.train_loader, self.cfg, ranks)
-
-    def on_collapse(self, loss: float) -> None:
-        cause = f"the model has collapsed: loss {loss:.4f} is that of a blind guess, after {self.guard.lowest_loss:.4f}"
-        if self.cfg.guard.collapse_policy == "stop":
-            raise TrainingFailed(f"{cause}; lower optimizer.lr, or set guard.collapse_policy=rollback")
-        if self.cfg.guard.collapse_policy == "rollback":
-            self.roll_back(cause, before=self.guard.collapse_began - self.cfg.trainer.log_every_steps)
-        else:
-            self.telemetry.log("warning", message=cause)
-
-    def roll_back(self, cause: str, *, before: int) -> None:
-        """Weights, EMA and optimizer as the newest good checkpoint up to step `before` has them; the data goes on."""
-        self.guard.roll_back(cause)
-        path = distributed.on_main(self.world, lambda: self.good_checkpoint(before))
-        if path is None:
-            raise TrainingFailed(f"{cause}, and there is no good checkpoint from before to go back to")
-        self.load_weights(checkpoint.load(path))
-        self.telemetry.log("rollback", step=self.progress.step, to=path.name, cause=cause)
-        self.save(wait=True, again=True)
-
-    def good_checkpoint(self, before: int) -> Path | None:
-        self.checkpointer.finish()
-        return checkpoint.newest_valid(
-            self.directory / "checkpoints", accept=lambda r: r["step"] <= before and is_good(r)
-        )[0]
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -343,7 +292,8 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
 
     def save(self, *, wait: bool = False, again: bool = False) -> None:
-        """Rank 0 writes; with `wait` every rank returns only when the checkpoint is on disk. again: even if it is already."""
+        """Rank 0 writes; with `wait` every rank returns only when the checkpoint is on disk. again: even if it is
+        already."""
         if self.checkpointer is not None:
             self.watchdog.beat(self.progress.step, "checkpoint")
             current = self.last_eval if self.last_eval.get("step") == self.progress.step else {}

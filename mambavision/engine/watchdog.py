@@ -116,7 +116,8 @@ class Watchdog:
             if self.phase == "data" and still > self.data_warning_seconds and not reported_data:
                 reported_data = True
                 self._say(
-                    f"rank {self.world.rank} on {self.host} has waited {still:.0f} s for its next batch (step {self.step})"
+                    f"rank {self.world.rank} on {self.host} has waited {still:.0f} s for its next batch (step "
+                    f"{self.step})"
                 )
             if self.steps_done and still > self.cfg.stall_seconds and not reported_stall:
                 reported_stall = True
@@ -151,7 +152,8 @@ class Watchdog:
             others=self.suspects(),
         )
         self._say(
-            f"no step for {seconds:.0f} s at step {self.step}; {'; '.join(self.suspects()) or 'all ranks live'}; stacks in {stacks}"
+            f"no step for {seconds:.0f} s at step {self.step}; {'; '.join(self.suspects()) or 'all ranks live'}; "
+            f"stacks in {stacks}"
         )
 
     def suspects(self) -> list[str]:

@@ -1,4 +1,5 @@
-"""What a person sees: a progress bar on a terminal, lines elsewhere. Shows what the other sinks get, computes nothing."""
+"""What a person sees: a progress bar on a terminal, lines elsewhere. Shows what the other sinks get, computes
+nothing."""
 
 from __future__ import annotations
 
@@ -33,12 +34,14 @@ class ConsoleSink:
     def _show_start(self, f: dict) -> None:
         self._print(f"run       {f['run_directory']}")
         self._print(
-            f"model     {f['model']}  {f['parameters']:,} parameters, {f['num_classes']} classes, scan: {f['scan_backend']}"
+            f"model     {f['model']}  {f['parameters']:,} parameters, {f['num_classes']} classes, scan: "
+            f"{f['scan_backend']}"
         )
         self._print(f"data      {f['train_images']:,} training and {f['eval_images']:,} evaluation images")
         self._print(f"batch     {f['batch_plan']}")
         self._print(
-            f"plan      {f['steps_per_epoch']} steps an epoch, {f['total_steps']:,} steps, {f['precision']} on {f['device']}"
+            f"plan      {f['steps_per_epoch']} steps an epoch, {f['total_steps']:,} steps, {f['precision']} on "
+            f"{f['device']}"
         )
         if f.get("resumed_from"):
             self._print(f"resume    {f['resumed_from']}, step {f['step']}")
@@ -54,7 +57,8 @@ class ConsoleSink:
 
     def _show_train(self, f: dict) -> None:
         line = (
-            f"epoch {f['epoch']}  step {f['step']}/{f['total_steps']}  loss {f['train/loss']:.4f}  lr {f['optimizer.lr']:.2e}  "
+            f"epoch {f['epoch']}  step {f['step']}/{f['total_steps']}  loss {f['train/loss']:.4f}  lr "
+            f"{f['optimizer.lr']:.2e}  "
             f"{f['speed/img_per_sec']:,.0f} img/s  data {100 * f['speed/data_wait_fraction']:.0f} %  "
             f"{f['speed/memory_gib']:.1f} GiB  eta {_duration(f['eta_seconds'])}"
         )
@@ -75,14 +79,17 @@ class ConsoleSink:
         median = statistics.median_low(f["own_seconds"])
         if f["own_seconds"][slowest] > _STRAGGLES * median:
             self._print(
-                f"slow      rank {slowest} on {f['hosts'][slowest]} takes {1000 * f['own_seconds'][slowest]:.0f} ms a step "
-                f"({1000 * f['data_seconds'][slowest]:.0f} ms of them waiting for data), the others {1000 * median:.0f} ms"
+                f"slow      rank {slowest} on {f['hosts'][slowest]} takes {1000 * f['own_seconds'][slowest]:.0f} "
+                "ms a step "
+                f"({1000 * f['data_seconds'][slowest]:.0f} ms of them waiting for data), the others "
+                f"{1000 * median:.0f} ms"
             )
 
     def _show_refused(self, f: dict) -> None:
         ranks = f" on rank {', '.join(map(str, f['ranks']))}" if f["ranks"] else ""
         self._print(
-            f"warning   {len(f['steps'])} steps up to {f['step']} were not finite{ranks} and changed nothing; samples: nonfinite/"
+            f"warning   {len(f['steps'])} steps up to {f['step']} were not finite{ranks} and changed nothing; "
+            "samples: nonfinite/"
         )
 
     def _show_rollback(self, f: dict) -> None:

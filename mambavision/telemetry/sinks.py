@@ -23,7 +23,8 @@ class Sink(Protocol):
 
 
 class Telemetry:
-    """Sends each event to every sink. On ranks other than 0 there are no sinks, so callers need not ask who they are."""
+    """Sends each event to every sink. On ranks other than 0 there are no sinks, so callers need not ask who they
+    are."""
 
     def __init__(self, sinks: list[Sink]):
         self.sinks = sinks
@@ -82,7 +83,7 @@ class JsonlSink:
         line = json.dumps({"event": event, "time": round(time.time(), 3), **{k: _plain(v) for k, v in fields.items()}})
         try:
             if self.file is None or not self._still_there():
-                self.file = open(self.path, "a")
+                self.file = open(self.path, "a")  # noqa: SIM115 - kept open
                 if _ends_in_mid_line(self.path):
                     self.file.write("\n")  # a kill has cut a line short; the next one must not be lost with it
             self.file.write(line + "\n")

@@ -1,4 +1,5 @@
-"""Weights & Biases as an observer that cannot hurt: its own thread, a bounded queue, offline without a key or a network.
+"""Weights & Biases as an observer that cannot hurt: its own thread, a bounded queue, offline without a key or a
+network.
 
 The run id lives in the run directory, so that a resumed run is the same W&B run; steps already sent are not sent again.
 """
@@ -98,7 +99,8 @@ class WandbSink:
         except Exception as error:  # an observer may fail in any way it likes; the run does not notice
             self.progress = "failed"
             self._warn(
-                f"W&B failed ({type(error).__name__}: {_first_line(error)}); training goes on, metrics.jsonl has everything"
+                f"W&B failed ({type(error).__name__}: {_first_line(error)}); training goes on, metrics.jsonl has "
+                "everything"
             )
             while self.events.get() is not None:
                 pass
@@ -117,7 +119,8 @@ class WandbSink:
                 return self._init(wandb, "online")
             except Exception as error:  # no network, no server, a refused key: all end in the offline mode
                 self._warn(
-                    f"W&B is out of reach ({_first_line(error)}); logging offline, scripts/inspect_run.py tells how to sync"
+                    f"W&B is out of reach ({_first_line(error)}); logging offline, scripts/inspect_run.py tells "
+                    "how to sync"
                 )
                 wandb.teardown()
         return self._init(wandb, "offline")

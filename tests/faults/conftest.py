@@ -3,11 +3,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from data import keyed_random
 from tests.faults.harness import FAST, ROOT, Prefork, Trainer, Training, state_hash
 
 
@@ -42,7 +44,7 @@ def reference(uninterrupted: Training) -> str:
 @pytest.fixture(scope="session")
 def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fashion-MNIST as .beton files: those that scripts/prepare_data.py has written before, else written now."""
-    known = Path(os.environ.get("MAMBAVISION_DATA", "~/.cache/mambavision")).expanduser() / "fashion_mnist"
+    known = Path(os.environ.get("MAMBAVISION_DATA", "~/.cache/mambavision/fashion_mnist")).expanduser()
     if (known / "train.beton").exists() and (known / "val.beton").exists():
         return known
     directory = tmp_path_factory.mktemp("fashion_mnist")
@@ -67,3 +69,17 @@ def train_ffcv(prefork_ffcv: Prefork, tmp_path: Path) -> Iterator[Trainer]:
     trainer = Trainer(prefork_ffcv, tmp_path)
     yield trainer
     trainer.close()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Class folders of JPEG files: 132 to train on, 18 to evaluate."""
+    for split, count in (("train", 66), ("val", 9)):
+        for label in range(2):
+            directory = tmp_path / "images" / split / f"class{label}"
+            directory.mkdir(parents=True)
+            for index in range(count):
+                key = keyed_random.fold(label * 1000 + index, 1)
+                pixels = bytes((key >> (i % 56)) & 0xFF for i in range(24 * 24 * 3))
+                Image.frombytes("RGB", (24, 24), pixels).save(directory / f"{index:03d}.jpg", quality=90)
+    return tmp_path / "images"

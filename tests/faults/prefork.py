@@ -1,8 +1,9 @@
-"""A torchrun whose ranks start in a tenth of a second: imports once, then forks an agent and its ranks for each request.
+"""A torchrun whose ranks start in a tenth of a second: imports once, then forks an agent and its ranks for each
+request.
 
 What is forked is the real train.py in real processes over real gloo; only the ten seconds of importing are shared. The
-agent behaves like torchrun's: it forwards SIGTERM, dies of SIGUSR1, ends the other ranks when one fails, and then
-kills them. Requests and reports are JSON lines on stdin and stdout.
+agent behaves like torchrun's (with one rank like a shell): it forwards SIGTERM, dies of SIGUSR1, ends the other ranks
+when one fails, and then kills them. Requests and reports are JSON lines on stdin and stdout.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ def agent(request: dict) -> int:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             del ranks[pid]
-            if os.waitstatus_to_exitcode(status) != 0 and not failed:
+            code = os.waitstatus_to_exitcode(status)
+            if request["ranks"] == 1:
+                return code if code >= 0 else 128 - code  # as `python train.py` without torchrun would end
+            if code != 0 and not failed:
                 failed, kill_at = True, time.monotonic() + GRACE_SECONDS
                 forward(signal.SIGTERM, None)
             continue

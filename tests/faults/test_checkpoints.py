@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from tests.faults.harness import STEPS, Trainer, newest, state_hash, valid_steps
 
 from mambavision.engine import checkpoint
+from tests.faults.harness import STEPS, Trainer, newest, state_hash, valid_steps
 
 pytestmark = pytest.mark.faults
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -75,28 +76,11 @@ def _children(pid: int) -> list[int]:
     return []
 
 
-@pytest.fixture
-def folder(tmp_path):
-    from PIL import Image
-
-    from data import keyed_random
-
-    for split, count in (("train", 66), ("val", 9)):
-        for label in range(2):
-            directory = tmp_path / "images" / split / f"class{label}"
-            directory.mkdir(parents=True)
-            for index in range(count):
-                key = keyed_random.fold(label * 1000 + index, 1)
-                pixels = bytes((key >> (i % 56)) & 0xFF for i in range(24 * 24 * 3))
-                Image.frombytes("RGB", (24, 24), pixels).save(directory / f"{index:03d}.jpg", quality=90)
-    return tmp_path / "images"
-
-
 FOLDER = ("data=folder", "data.image_size=32", "data.num_classes=null", "data.num_workers=1")
 
 
-def test_signals_to_data_workers_are_ignored_and_a_killed_worker_ends_the_run(train: Trainer, folder) -> None:
-    training = train.start("run", *FOLDER, f"data.path={folder}", "trainer.epochs=30", ranks=1)
+def test_signals_to_data_workers_are_ignored_and_a_killed_worker_ends_the_run(train: Trainer, images: Path) -> None:
+    training = train.start("run", *FOLDER, f"data.path={images}", "trainer.epochs=30", ranks=1)
     training.wait_for_step(3)
     rank = training.rank_pid(0)
     workers = [pid for pid in _children(rank) if running(pid)]
@@ -114,10 +98,10 @@ def test_signals_to_data_workers_are_ignored_and_a_killed_worker_ends_the_run(tr
     assert "worker" in training.status["cause"]
 
 
-def test_a_corrupt_image_is_replaced_alike_on_every_resume_and_named(train: Trainer, folder) -> None:
-    broken = folder / "train/class0/007.jpg"
+def test_a_corrupt_image_is_replaced_alike_on_every_resume_and_named(train: Trainer, images: Path) -> None:
+    broken = images / "train/class0/007.jpg"
     broken.write_bytes(broken.read_bytes()[:120])
-    settings = (*FOLDER, f"data.path={folder}", "data.max_corrupt_fraction=0.5")
+    settings = (*FOLDER, f"data.path={images}", "data.max_corrupt_fraction=0.5")
     undisturbed = train.run("undisturbed", *settings)
     assert undisturbed.code == 0, undisturbed.output
     assert "007.jpg" in undisturbed.output
@@ -136,11 +120,11 @@ def test_a_corrupt_image_is_replaced_alike_on_every_resume_and_named(train: Trai
     ],
 )
 def test_corrupt_images_beyond_the_budget_end_the_run_with_the_name(
-    train: Trainer, folder, setting: str, advice: str
+    train: Trainer, images: Path, setting: str, advice: str
 ) -> None:
-    broken = folder / "train/class1/011.jpg"
+    broken = images / "train/class1/011.jpg"
     broken.write_bytes(b"")
-    training = train.run("run", *FOLDER, f"data.path={folder}", setting, ranks=1)
+    training = train.run("run", *FOLDER, f"data.path={images}", setting, ranks=1)
     assert training.code == 1
     assert training.status["status"] == "failed"
     assert "011.jpg" in training.status["cause"]

@@ -47,7 +47,8 @@ def test_another_global_batch_is_refused_and_if_allowed_continues_at_the_same_sa
     assert "resume.allow=[trainer.global_batch_size]" in refused.output
     allowed = train.run("run", "trainer.global_batch_size=8", "resume.allow=[trainer.global_batch_size]", ranks=1)
     assert allowed.code == 0
-    # One epoch of 8 steps and 4 x 16 samples of the second: with 8 a step that is 16 steps an epoch, and 8 of the second.
+    # One epoch of 8 steps and 4 x 16 samples of the second: with 8 a step that is 16 steps an epoch, and 8 of the
+    # second.
     assert allowed.events("start")[-1]["step"] == 24
     assert allowed.status["step"] == 48
     assert checkpoint.load(newest(allowed.directory))["progress"]["samples_seen"] == 12 * 16 + 24 * 8

@@ -69,14 +69,16 @@ def test_thirty_random_faults_later_the_weights_are_the_same(train: Trainer, cap
     done = sum(s.last_step - s.step for s in history)
     with capsys.disabled():
         print(
-            f"\n{len(ordered)} faults, {len(history)} starts, {done} steps done for {total}: {100 * total / done:.0f} % useful"
+            f"\n{len(ordered)} faults, {len(history)} starts, {done} steps done for {total}: "
+            f"{100 * total / done:.0f} % useful"
         )
 
 
 @pytest.mark.faults
 @pytest.mark.slow
 def test_fifty_kills_at_random_instants_over_real_images_lose_nothing(train_ffcv: Trainer, fashion_mnist) -> None:
-    """SIGKILL to everything, at instants drawn in advance, checkpoint writes included; .beton files of Fashion-MNIST."""
+    """SIGKILL to everything, at instants drawn in advance, checkpoint writes included; .beton files of
+    Fashion-MNIST."""
     kills = int(os.environ.get("MAMBAVISION_KILLS", "50"))
     settings = (
         "data=ffcv",
@@ -107,7 +109,7 @@ def test_fifty_kills_at_random_instants_over_real_images_lose_nothing(train_ffcv
             in_a_write += bool(list(training.directory.glob("checkpoints/*.tmp")))
         else:
             if best:
-                training.wait_for(lambda: any(b["phase"] == "step" for b in training.heartbeats), 60)
+                training.wait_for_step(best)
             time.sleep(random_.uniform(0.0, 0.4))
         training.kill()
         training.wait()

@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+
 from tests.faults.harness import STEPS, Trainer, running, state_hash, valid_steps
 
 pytestmark = pytest.mark.faults

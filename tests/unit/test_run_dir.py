@@ -28,7 +28,10 @@ def test_a_lock_is_held_by_one_and_released(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path: Path) -> None:
-    code = "import runpy, sys, pathlib; lock = runpy.run_path(sys.argv[1])['RunLock'](pathlib.Path(sys.argv[2]), 10); lock.acquire()"
+    code = (
+        "import runpy, sys, pathlib; lock = runpy.run_path(sys.argv[1])['RunLock'](pathlib.Path(sys.argv[2]), 10); "
+        "lock.acquire()"
+    )
     module = Path(__file__).parents[2] / "mambavision/run_lock.py"  # alone: importing the package takes seconds
     subprocess.run([sys.executable, "-c", code, str(module), str(tmp_path)], check=True)
     start = time.monotonic()

@@ -1,6 +1,7 @@
 """A W&B client that misbehaves as FAKE_WANDB_MODE says and writes every call down in $FAKE_WANDB_CALLS.
 
-It stands in for the network, which the tests cannot have; what the real client does offline is tested with the real one.
+It stands in for the network, which the tests cannot have; what the real client does offline is tested with the real
+one.
 """
 
 import json

@@ -1,0 +1,79 @@
+"""Who may start: one training at a time in a run directory, with the settings and the data the run was started with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from mambavision import distributed
+from mambavision.config import TrainConfig
+from mambavision.distributed import World
+from mambavision.engine import checkpoint
+from mambavision.engine.stop import StopNotice
+from mambavision.run_dir import RunDirectory, check_resume
+from mambavision.run_history import starts
+from mambavision.run_lock import RunLock
+from mambavision.telemetry.sinks import Telemetry
+
+
+@contextlib.contextmanager
+def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World) -> Iterator[RunLock]:
+    """The run directory, made and held by rank 0. Raises ValueError, on every rank, where another training holds it."""
+    lock = RunLock(run_dir.path, cfg.watchdog.heartbeat_seconds)
+
+    def acquire() -> None:
+        run_dir.create()
+        taken_from = lock.acquire()
+        if taken_from is not None:
+            print(f"note      the lock of a dead training is taken over ({taken_from})", flush=True)
+
+    distributed.on_main(world, acquire)
+    try:
+        yield lock
+    finally:
+        with contextlib.suppress(OSError):  # what stays is recognised as a dead process's
+            lock.release()
+
+
+@contextlib.contextmanager
+def failures_in_status(run_dir: RunDirectory, world: World, lock: RunLock) -> Iterator[None]:
+    """A start that comes to nothing must not leave a `preempted` behind, which would have it requeued for ever."""
+    try:
+        yield
+    except Exception as error:
+        before = run_dir.status() or {}
+        if world.is_main and lock.held and before.get("status") not in ("finished", "failed"):
+            cause = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            run_dir.write_status("failed", step=before.get("step", 0), cause=cause)
+        raise
+
+
+def check_before_start(run_dir: RunDirectory, cfg: TrainConfig, stop: StopNotice) -> None:
+    """What can be refused before anything is built. Rank 0 only.
+
+    Raises:
+        ValueError: the directory holds another run than `cfg`, or one whose restarts lead nowhere.
+    """
+    stop.remove_old_stop_file()
+    kept = checkpoint.list_checkpoints(run_dir.checkpoints)
+    if cfg.resume.mode == "never" and kept:
+        raise ValueError(f"{run_dir.path} holds a run already and resume.mode=never; give another run_name=NAME")
+    stored = run_dir.stored_config()
+    if stored is not None and kept:
+        check_resume(stored, cfg)
+    run_dir.write_status("running", step=checkpoint.step_of(kept[-1]) if kept else 0)
+
+
+def log_changes(run_dir: RunDirectory, cfg: TrainConfig, world: World, step: int, telemetry: Telemetry) -> None:
+    """What differs from the last start and is allowed to. Rank 0 only."""
+    stored = run_dir.stored_config()
+    for change in check_resume(stored, cfg) if stored and step else []:
+        telemetry.log("notice", message=f"changed since the run was started: {change}")
+    earlier = starts(run_dir.path)
+    if earlier and earlier[-1].world_size != world.world_size:
+        telemetry.log(
+            "notice",
+            message=(
+                f"{world.world_size} ranks where there were {earlier[-1].world_size}; the global batch stays the same"
+            ),
+        )

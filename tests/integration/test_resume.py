@@ -1,0 +1,58 @@
+"""The heart of the reliability promises, in half a minute; tests/faults has the rest."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from mambavision.engine import checkpoint
+from tests.faults.conftest import prefork, reference, train, uninterrupted  # noqa: F401
+from tests.faults.harness import STEPS, Trainer, newest, running, state_hash, valid_steps
+
+
+def test_a_run_killed_twice_and_stopped_once_arrives_at_the_same_bits(train: Trainer, reference: str) -> None:  # noqa: F811
+    """A rank is killed in mid-epoch, a checkpoint's writer in its write, and one rank gets a signal."""
+    killed = train.run("run", fault="kill@7:1")
+    assert killed.code == 1
+    assert killed.status["status"] == "failed"
+    assert "rank 1" in killed.status["cause"]
+    train.run("run", fault="kill@10:0/fsync")
+    assert valid_steps(killed.directory) == [5, 8]
+    noticed = train.run("run", fault="usr1@17:1")
+    assert (noticed.status["status"], noticed.status["step"]) == ("preempted", 18)
+    finished = train.run("run")
+    assert finished.code == 0
+    assert finished.status["step"] == STEPS
+    assert state_hash(finished.directory) == reference
+
+
+def test_a_lost_node_and_a_damaged_checkpoint_cost_time_and_nothing_else(train: Trainer, reference: str) -> None:  # noqa: F811
+    lost = train.start("run")
+    lost.wait_for_step(12)
+    ranks = [lost.rank_pid(rank) for rank in (0, 1)]
+    os.killpg(lost.pid, signal.SIGKILL)
+    lost.wait()
+    assert not any(running(pid) for pid in ranks)
+    path = newest(lost.directory)
+    os.truncate(path, path.stat().st_size - 1)
+    again = train.run("run")
+    assert again.code == 0
+    assert any(f"{path.name} is passed over" in e["message"] for e in again.events("warning"))
+    assert state_hash(again.directory) == reference
+
+
+def test_a_step_that_is_not_finite_is_refused_by_all_ranks(train: Trainer) -> None:  # noqa: F811
+    training = train.run("run", "trainer.max_steps=8", fault="nan@5:1")
+    assert training.code == 0
+    assert [e["steps"] for e in training.events("refused")] == [[5]]
+    assert checkpoint.load(newest(training.directory))["optimizer"]["param_groups"][0]["step"] == 7
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=0.001", "+optimizer.lrr=1"])
+def test_a_run_is_not_continued_as_another_one(train: Trainer, override: str) -> None:  # noqa: F811
+    assert train.run("run", fault="term@1", ranks=1).code == 75
+    refused = train.run("run", override, ranks=1)
+    assert refused.code == 2
+    assert "optimizer.lr" in refused.output
