@@ -36,6 +36,7 @@ class _ClippedFusedStep:
     """Gives torch's fused optimizers the step of this package: their kernels take the divisor and the verdict."""
 
     param_groups: list[dict]
+    skipped_steps: Tensor = torch.zeros((), dtype=torch.int64)  # on the device from the first step on
 
     def step(self, *, grad_norm: Tensor | None = None, clip: float | None = None) -> None:
         """See `Lamb.step`."""
@@ -44,9 +45,7 @@ class _ClippedFusedStep:
         self.grad_scale = gradient_divisor(grad_norm, clip).to(torch.float32)
         self.found_inf = is_refused(grad_norm)
         super().step()
-        if not hasattr(self, "skipped_steps"):
-            self.skipped_steps = torch.zeros((), dtype=torch.int64, device=grad_norm.device)
-        self.skipped_steps += self.found_inf.to(torch.int64)
+        self.skipped_steps = self.found_inf.to(torch.int64) + self.skipped_steps
 
 
 class AdamW(_ClippedFusedStep, torch.optim.AdamW):
@@ -56,6 +55,15 @@ class AdamW(_ClippedFusedStep, torch.optim.AdamW):
 class SGD(_ClippedFusedStep, torch.optim.SGD):
     """torch.optim.SGD with `step(grad_norm=..., clip=...)`; no host sync."""
 
+    def step(self, *, grad_norm: Tensor | None = None, clip: float | None = None) -> None:
+        """See `Lamb.step`."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                # torch allocates these without a value and counts on the first step to fill them; it may be refused.
+                if group["momentum"] and p.grad is not None and self.state[p].get("momentum_buffer") is None:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        super().step(grad_norm=grad_norm, clip=clip)
+
 
 class TorchOptimizerLamb(torch_optimizer.Lamb):
     """torch_optimizer.Lamb with `step(grad_norm=..., clip=...)`.
@@ -64,16 +72,16 @@ class TorchOptimizerLamb(torch_optimizer.Lamb):
     which also applies to biases and norms. It waits for the device twice per parameter, and once more for the verdict.
     """
 
+    skipped_steps: Tensor = torch.zeros((), dtype=torch.int64)
+
     @torch.no_grad()
     def step(self, *, grad_norm: Tensor | None = None, clip: float | None = None) -> None:
         """See `Lamb.step`."""
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if grad_norm is None:
             grad_norm = global_grad_norm(params)
-        if not hasattr(self, "skipped_steps"):
-            self.skipped_steps = torch.zeros((), dtype=torch.int64, device=grad_norm.device)
         if bool(torch.isfinite(grad_norm)):
             torch._foreach_div_([p.grad for p in params], gradient_divisor(grad_norm, clip))
             super().step()
         else:
-            self.skipped_steps += 1
+            self.skipped_steps = self.skipped_steps + 1

@@ -169,6 +169,9 @@ def lamb_multi_tensor(
     it leaves the moments alone on the device where `found_inf` says so: nan * 0 would be nan, so no weight could.
     """
     update = torch._foreach_mul(params, weight_decay)
+    # The fused kernel walks all lists in storage order and does not notice a gradient in another memory format.
+    pairs = zip(grads, update, strict=True)
+    grads = [g if g.stride() == u.stride() else torch.empty_like(u).copy_(g) for g, u in pairs]
     grad_scale = divisor
     if params[0].dtype == torch.float64:  # grad_scale is float32 by contract, too coarse here
         grads, grad_scale = torch._foreach_div(grads, divisor), None

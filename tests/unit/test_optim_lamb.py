@@ -177,8 +177,10 @@ def test_result_does_not_depend_on_the_number_of_threads():
     assert_identical(states[2], states[0])
 
 
-def test_memory_format_of_weight_gradient_and_saved_moments_may_differ():
-    plain, mixed = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_format_of_weight_gradient_and_saved_moments_may_differ(dtype: torch.dtype):
+    plain, mixed = (nn.Conv2d(8, 8, 3).to(dtype) for _ in range(2))
+    mixed.to(memory_format=torch.channels_last)
     mixed.load_state_dict(plain.state_dict())
     optimizers = [Lamb(model.parameters(), weight_decay=0.05) for model in (plain, mixed)]
     for step in range(4):
