@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from data import build_eval_loader, build_train_loader
-from data.datasets import list_folder
+from data.conversion import WriteSettings, write_beton
+from data.datasets import ArraySource, list_folder
 from data.pixels import EvalPlan, center_cropped, read_image
 from mambavision.config import AugmentConfig, DataConfig
 from tests.unit.data_samples import make_betons, make_folder
@@ -104,6 +105,23 @@ def once(config: DataConfig) -> int:
     (batch,) = loader
     loader.close()
     return int((batch.images.sum((1, 2, 3)) % loader.num_classes == batch.targets).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["native", "stock"])
+def test_1003_images_give_the_same_count_at_any_world_size(decoder, tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (1003, 12, 12, 3), dtype=np.uint8), rng.integers(0, 5, 1003)
+    source = ArraySource(images, labels, list("abcde"), "a test")
+    write_beton(source, tmp_path / "val.beton", WriteSettings(write_mode="raw", max_resolution=12), num_workers=1)
+    data = DataConfig(path=str(tmp_path), image_size=12, num_workers=2, decoder=decoder)
+    expected = int((images.sum((1, 2, 3), dtype=np.int64) % 5 == labels).sum())
+    for world_size in (1, 2, 3):
+        right = 0
+        for rank in range(world_size):
+            for batch in build_eval_loader(data, batch_size=8, rank=rank, world_size=world_size):
+                right += int((batch.images.sum((1, 2, 3)) % 5 == batch.targets).sum())
+        assert right == expected
 
 
 @pytest.mark.parametrize("decoder", ["native", "stock"])
