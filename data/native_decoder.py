@@ -1,7 +1,8 @@
-"""FFCV's decoder operation over data/native/: crop decoding, exact resize and keyed augmentation in one call per image.
+"""FFCV's decoder operation over data/native/: crop decoding, exact resize and keyed augmentation, one call per batch.
 
 This file fills the decoder's settings from a plan and connects it to FFCV; what is drawn is data.augment's business,
-the C++ repeats it. The settings are read when an image is decoded, so a new epoch compiles nothing.
+the C++ repeats it. Nothing is compiled when a loader starts: FFCV's operations are made of numba code, which costs
+seconds in every process; ours is in a library that is there already.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from ffcv.memory_managers.os_cache import OSCacheManager
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
@@ -27,9 +29,39 @@ REASONS = {
     1: "not a JPEG that can be decoded",
     2: "damaged: JPEG data missing or invalid",
     3: "its size is not what the data set says",
+    4: "not enough memory to decode it",
 }
 MAX_LAYERS = 32  # RandAugment layers that the decoder has room for
 POLICIES = {None: 0, "trivial": 2, "three": 3}
+
+
+def uncompiled(code: Callable) -> Callable:
+    """Mark an operation's code as to be run as it is, by Python."""
+
+    def run(*arguments):
+        return code(*arguments)
+
+    run.is_uncompiled = True
+    return run
+
+
+def _compile(cls: type[Compiler], code: Callable, signature: object = None) -> Callable:
+    return code if getattr(code, "is_uncompiled", False) else _numba_compile(code, signature)
+
+
+def _compile_reader_when_used(manager: OSCacheManager) -> Callable:
+    """FFCV's look-up of stored bytes, compiled for no signature: numba then waits for a first call."""
+
+    def read(address, state):
+        size = state[2][np.searchsorted(state[1], address)]
+        return state[0][address : address + size]
+
+    return Compiler.compile(read)
+
+
+_numba_compile = Compiler.compile
+Compiler.compile = classmethod(_compile)
+OSCacheManager.compile_reader = _compile_reader_when_used
 
 
 class KeyedDecoder(Operation):
@@ -50,6 +82,7 @@ class KeyedDecoder(Operation):
         super().__init__()
         self._library = load_library()
         self._settings = Settings(num_samples=num_samples, failures=self._library.loader_new_log())
+        self._pool: int | None = None
         fill_settings(self._settings, plan)
         if corrupt == "skip" and isinstance(plan, AugmentPlan):
             if path is None:
@@ -61,6 +94,8 @@ class KeyedDecoder(Operation):
     def __del__(self) -> None:
         if settings := getattr(self, "_settings", None):
             self._library.loader_delete_log(settings.failures)
+            if self._pool is not None:
+                self._library.loader_delete_pool(self._pool)
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch whose keys are drawn from now on."""
@@ -98,39 +133,44 @@ class KeyedDecoder(Operation):
         )
         return None if status else out
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, AllocationQuery]]:
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         assert self.metadata.dtype.names == ("mode", "width", "height", "data_ptr")
         self._settings.metadata = self.metadata.ctypes.data
         self._settings.metadata_stride = self.metadata.strides[0]
         size = self._settings.image_size
-        shape = (size, size, 3)
-        state = replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1"))
-        return state, (AllocationQuery(shape, np.dtype("u1")), AllocationQuery((1,), np.dtype("i8")))
+        state = replace(previous_state, jit_mode=True, shape=(size, size, 3), dtype=np.dtype("u1"))
+        return state, AllocationQuery((size, size, 3), np.dtype("u1"))
 
     def generate_code(self) -> Callable:
-        read, threads = self.memory_read, Compiler.get_iterator()
-        decode_image, take_next = self._library.loader_decode, self._library.loader_next
-        settings, num_samples = self.settings_address, self._settings.num_samples
-        num_threads = Compiler.num_threads
+        if self._pool is None:
+            self._pool = self._library.loader_new_pool(Compiler.num_threads)
+        return uncompiled(self._decode_batch)
 
-        def decode(batch_indices, memory, metadata, storage_state):
-            destination, counter = memory
-            # Threads take images one by one, as they differ in cost: shares fixed beforehand would end apart.
-            counter[0, 0] = 0
-            batch = destination.ctypes.data
-            for _ in threads(num_threads):
-                i = take_next(counter.ctypes.data)
-                while i < len(batch_indices):
-                    sample = np.int64(batch_indices[i])
-                    field = metadata[sample % num_samples]
-                    data = read(field["data_ptr"], storage_state)
-                    mode, width, height = field["mode"], field["width"], field["height"]
-                    decode_image(settings, data.ctypes.data, data.size, mode, width, height, sample, batch, i)
-                    i = take_next(counter.ctypes.data)
-            return destination[: len(batch_indices)]
+    def _decode_batch(
+        self, samples: np.ndarray, batch: np.ndarray, metadata: np.ndarray, storage_state: tuple
+    ) -> np.ndarray:
+        """Find all images in FFCV's memory, then decode them in one call, which uses threads and no GIL."""
+        images = metadata[samples % np.uint64(self._settings.num_samples)]
+        samples = samples.astype(np.int64)
+        stored = np.empty((len(images), 5), dtype=np.int64)
+        stored[:, 0], stored[:, 1] = locate(images["data_ptr"], storage_state)
+        stored[:, 2], stored[:, 3], stored[:, 4] = images["mode"], images["width"], images["height"]
+        self._library.loader_decode_batch(
+            self.settings_address, self._pool, len(samples), samples.ctypes.data, stored.ctypes.data, batch.ctypes.data
+        )
+        return batch[: len(samples)]
 
-        decode.is_parallel = True
-        return decode
+
+def locate(pointers: np.ndarray, storage_state: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """Addresses and sizes of stored values: what FFCV's memory managers do for one value, for an array of them."""
+    memory, starts, sizes = storage_state[:3]
+    size = sizes[np.searchsorted(starts, pointers)]
+    base = np.uint64(memory.ctypes.data)
+    if len(storage_state) == 3:  # os_cache=True: the file is mapped
+        return base + pointers, size
+    page_size = np.uint64(memory.shape[1])  # os_cache=False: its pages are read into slots
+    slots = storage_state[3][pointers // page_size].astype(np.uint64)
+    return base + slots * page_size + pointers % page_size, size
 
 
 def fill_settings(settings: Settings, plan: AugmentPlan | EvalPlan) -> None:

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,16 @@ from mambavision.ops.native_build import cache_directory, find_compiler
 
 SOURCE_DIRECTORY = Path(__file__).parent / "native"
 # -ffp-contract=off: pixels are the same bytes on every machine only if no compiler fuses multiplications and additions.
-COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+COMPILE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-pthread",
+    "-Wno-psabi",
+)
 
 
 class NativeUnavailable(RuntimeError):
@@ -65,10 +74,11 @@ class Settings(ctypes.Structure):
     )
 
 
-# Pointers cross as integers: that is what numba's generated code passes.
 SIGNATURES = {
-    "loader_next": (c_int64, (c_void_p,)),
     "loader_decode": (c_int64, (c_void_p, c_void_p, *(c_int64,) * 5, c_void_p, c_int64)),
+    "loader_decode_batch": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
+    "loader_new_pool": (c_void_p, (c_int64,)),
+    "loader_delete_pool": (None, (c_void_p,)),
     "loader_new_log": (c_void_p, ()),
     "loader_delete_log": (None, (c_void_p,)),
     "loader_take_failures": (c_int64, (c_void_p, c_void_p, c_int64)),
@@ -110,9 +120,9 @@ def _find_or_build() -> Path:
         if built:
             return built[-1]
         raise NativeUnavailable(
-            "no C++ compiler found (looked for $CXX, c++, g++, clang++). Install one with `apt install g++ libjpeg-dev` or "
-            "`conda install -c conda-forge gxx libjpeg-turbo`, or run once on a node that has one: the result is kept in "
-            f"{cache_directory()}"
+            "no C++ compiler found (looked for $CXX, c++, g++, clang++). Install one with "
+            "`apt install g++ libjpeg-dev` or `conda install -c conda-forge gxx libjpeg-turbo`, or run once on a node "
+            f"that has one: the result is kept in {cache_directory()}"
         )
     version = _run([compiler, "--version"])
     library = directory / f"{hashlib.sha256(version.encode()).hexdigest()[:16]}.so"
@@ -165,8 +175,6 @@ def _run(command: list[str]) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        try:
+        with suppress(OSError):  # some cluster filesystems have no locks: several ranks build, the last rename stands
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # some cluster filesystems have no locks: then several ranks build, and the last rename stands
-            pass
         yield

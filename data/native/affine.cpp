@@ -12,39 +12,41 @@ namespace loader {
 namespace {
 
 typedef double Four __attribute__((vector_size(32)));     // the channels of one pixel
+typedef double StoredFour __attribute__((vector_size(32), aligned(8), may_alias));  // where alignment is not promised
 typedef int32_t FourInt __attribute__((vector_size(16)));
-typedef uint8_t FourByte __attribute__((vector_size(4)));
 
 constexpr int BORDER = 2;  // repeated edge pixels on each side: what clamping every tap's coordinate would read
 
+// The source as doubles, so that a tap is one load.
 struct Padded {
-    std::vector<uint32_t> pixels;
+    std::vector<double> values;
     int stride = 0;
-    const uint32_t *at(int x, int y) const { return pixels.data() + (size_t)(y + BORDER) * stride + x + BORDER; }
-
-    void copy(Image image) {
-        const int n = image.size;
-        stride = n + 2 * BORDER;
-        pixels.resize((size_t)stride * stride);
-        for (int y = 0; y < n; y++) {
-            uint32_t *row = pixels.data() + (size_t)(y + BORDER) * stride;
-            const uint8_t *p = image.rgb + (size_t)y * n * 3;
-            for (int x = 0; x < n; x++, p += 3) row[x + BORDER] = p[0] | p[1] << 8 | p[2] << 16;
-            row[0] = row[1] = row[BORDER];
-            row[n + BORDER] = row[n + BORDER + 1] = row[n + BORDER - 1];
-        }
-        const size_t bytes = (size_t)stride * 4;
-        for (int i = 0; i < BORDER; i++) {
-            memcpy(pixels.data() + (size_t)i * stride, pixels.data() + (size_t)BORDER * stride, bytes);
-            memcpy(pixels.data() + (size_t)(n + BORDER + i) * stride, pixels.data() + (size_t)(n + BORDER - 1) * stride, bytes);
-        }
+    StoredFour *pixels() { return (StoredFour *)values.data(); }
+    const StoredFour *at(int x, int y) const {
+        return (const StoredFour *)values.data() + (size_t)(y + BORDER) * stride + x + BORDER;
     }
 };
 
-INLINE Four load(const uint32_t *p) {
-    FourByte v;
-    memcpy(&v, p, 4);
-    return __builtin_convertvector(v, Four);
+CLONES void copy_padded(Padded &padded, Image image) {
+    const int n = image.size, stride = n + 2 * BORDER;
+    padded.stride = stride;
+    padded.values.resize((size_t)stride * stride * 4);
+    StoredFour *pixels = padded.pixels();
+    for (int y = 0; y < n; y++) {
+        StoredFour *row = pixels + (size_t)(y + BORDER) * stride;
+        const uint8_t *p = image.rgb + (size_t)y * n * 3;
+        for (int x = 0; x < n; x++, p += 3) {
+            const FourInt v = {p[0], p[1], p[2], 0};
+            row[x + BORDER] = __builtin_convertvector(v, Four);
+        }
+        row[0] = row[1] = row[BORDER];
+        row[n + BORDER] = row[n + BORDER + 1] = row[n + BORDER - 1];
+    }
+    const size_t bytes = (size_t)stride * sizeof(StoredFour);
+    for (int i = 0; i < BORDER; i++) {
+        memcpy(pixels + (size_t)i * stride, pixels + (size_t)BORDER * stride, bytes);
+        memcpy(pixels + (size_t)(n + BORDER + i) * stride, pixels + (size_t)(n + BORDER - 1) * stride, bytes);
+    }
 }
 
 INLINE void store(uint8_t *p, Four v) {
@@ -81,11 +83,11 @@ INLINE void affine_rows(Image image, const Padded &source, const double m[6]) {
             ys -= 0.5;
             const int xi = floor_int(xs), yi = floor_int(ys);
             const double dx = xs - xi, dy = ys - yi;
-            const uint32_t *p = source.at(xi, yi);
-            const auto row = [&](const uint32_t *q) __attribute__((always_inline)) {
-                if (FLAT_X) return load(q);
-                if (!CUBIC) return lerp(load(q), load(q + 1), dx);
-                return cubic(load(q - 1), load(q), load(q + 1), load(q + 2), dx);
+            const StoredFour *p = source.at(xi, yi);
+            const auto row = [&](const StoredFour *q) __attribute__((always_inline)) -> Four {
+                if (FLAT_X) return (Four)q[0];
+                if (!CUBIC) return lerp(q[0], q[1], dx);
+                return cubic(q[-1], q[0], q[1], q[2], dx);
             };
             Four v;
             if (FLAT_Y)
@@ -122,31 +124,41 @@ CLONES void affine_filtered(Image image, const Padded &source, const double m[6]
     }
 }
 
+thread_local Padded padded;
+thread_local std::vector<uint8_t> original;
+
+void fill_all(Image image, const uint8_t fill[3]) {
+    const size_t row = (size_t)image.size * 3;
+    for (int x = 0; x < image.size; x++) memcpy(image.rgb + 3 * x, fill, 3);
+    for (int y = 1; y < image.size; y++) memcpy(image.rgb + y * row, image.rgb, row);
+}
+
 // Nearest neighbour in 16.16 fixed point.
-void affine_nearest(Image image, const Padded &source, const double m[6]) {
+void affine_nearest(Image image, const uint8_t *source, const double m[6]) {
     const auto fixed = [](double v) { return floor_int(v * 65536.0 + 0.5); };
-    const int n = image.size;
+    const int n = image.size, x_step = fixed(m[0]), y_step = fixed(m[3]);
     int x_row = fixed(m[2] + m[0] * 0.5 + m[1] * 0.5), y_row = fixed(m[5] + m[3] * 0.5 + m[4] * 0.5);
     for (int y = 0; y < n; y++, x_row += fixed(m[1]), y_row += fixed(m[4])) {
         uint8_t *out = image.rgb + (size_t)y * n * 3;
-        for (int x = 0, xs = x_row, ys = y_row; x < n; x++, out += 3, xs += fixed(m[0]), ys += fixed(m[3])) {
+        for (int x = 0, xs = x_row, ys = y_row; x < n; x++, out += 3, xs += x_step, ys += y_step) {
             const int xi = xs >> 16, yi = ys >> 16;
-            if (xi >= 0 && xi < n && yi >= 0 && yi < n) memcpy(out, source.at(xi, yi), 3);
+            if (xi >= 0 && xi < n && yi >= 0 && yi < n) memcpy(out, source + 3 * ((size_t)yi * n + xi), 3);
         }
     }
 }
 
-thread_local Padded padded;
-
 }  // namespace
 
 void affine(Image image, const double matrix[6], Filter filter, const uint8_t fill[3]) {
-    padded.copy(image);
-    for (int i = 0; i < image.size * image.size; i++) memcpy(image.rgb + 3 * i, fill, 3);
-    if (filter == NEAREST)
-        affine_nearest(image, padded, matrix);
-    else
+    if (filter == NEAREST) {
+        original.assign(image.rgb, image.rgb + image.bytes());
+        fill_all(image, fill);
+        affine_nearest(image, original.data(), matrix);
+    } else {
+        copy_padded(padded, image);
+        fill_all(image, fill);
         affine_filtered(image, padded, matrix, filter == BICUBIC);
+    }
 }
 
 void rotate(Image image, double degrees, Filter filter, const uint8_t fill[3]) {
@@ -155,12 +167,12 @@ void rotate(Image image, double degrees, Filter filter, const uint8_t fill[3]) {
     if (turn < 0.0) turn += 360.0;
     if (turn == 0.0) return;
     if (turn == 90.0 || turn == 180.0 || turn == 270.0) {
-        padded.copy(image);
+        original.assign(image.rgb, image.rgb + image.bytes());
         for (int y = 0; y < n; y++) {
             for (int x = 0; x < n; x++) {
                 const int xs = turn == 90.0 ? n - 1 - y : turn == 180.0 ? n - 1 - x : y;
                 const int ys = turn == 90.0 ? x : turn == 180.0 ? n - 1 - y : n - 1 - x;
-                memcpy(image.rgb + 3 * ((size_t)y * n + x), padded.at(xs, ys), 3);
+                memcpy(image.rgb + 3 * ((size_t)y * n + x), &original[3 * ((size_t)ys * n + xs)], 3);
             }
         }
         return;

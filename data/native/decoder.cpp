@@ -10,6 +10,7 @@
 #include "jpeg_region.h"
 #include "keyed_random.h"
 #include "resample.h"
+#include "thread_pool.h"
 
 using namespace loader;
 
@@ -137,7 +138,11 @@ Status decode_evaluation(const Settings &s, const Stored &image, uint8_t *out) {
 
 Status decode(const Settings &s, uint64_t key, const Stored &image, uint8_t *out) {
     if (image.width <= 0 || image.height <= 0) return WRONG_SIZE;
-    return s.evaluate ? decode_evaluation(s, image, out) : decode_training(s, key, image, out);
+    try {
+        return s.evaluate ? decode_evaluation(s, image, out) : decode_training(s, key, image, out);
+    } catch (const std::bad_alloc &) {
+        return NO_MEMORY;
+    }
 }
 
 // The stored image of a sample, looked up in the mapped file: only for substitutes, so a linear search will do.
@@ -173,9 +178,6 @@ struct loader::FailureLog {
 
 extern "C" {
 
-// Takes the next number of a batch: threads share the work sample by sample, as images differ in cost.
-int64_t loader_next(int64_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
-
 // Decodes `sample` (numbers at or above num_samples are repetitions, keyed by the whole number) into place `slot` of a
 // batch of packed (image_size, image_size, 3) images. Never leaves old bytes there: what cannot be read is replaced or zero.
 int64_t loader_decode(const Settings *settings, const uint8_t *bytes, int64_t size, int64_t mode, int64_t width,
@@ -199,6 +201,18 @@ int64_t loader_decode(const Settings *settings, const uint8_t *bytes, int64_t si
     }
     return status;
 }
+
+// Decodes `count` samples into a batch. Stored image i: its address, bytes, mode, width and height at places 5 i ... 5 i + 4.
+void loader_decode_batch(const Settings *settings, ThreadPool *pool, int64_t count, const int64_t *samples,
+                         const int64_t *stored, uint8_t *batch) {
+    pool->run(count, [=](int64_t i) {
+        const int64_t *s = stored + 5 * i;
+        loader_decode(settings, (const uint8_t *)s[0], s[1], s[2], s[3], s[4], samples[i], batch, i);
+    });
+}
+
+ThreadPool *loader_new_pool(int64_t workers) { return new ThreadPool((int)workers); }
+void loader_delete_pool(ThreadPool *pool) { delete pool; }
 
 FailureLog *loader_new_log() { return new FailureLog; }
 void loader_delete_log(FailureLog *log) { delete log; }

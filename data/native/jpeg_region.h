@@ -17,6 +17,7 @@ enum Status {
     UNREADABLE = 1,      // not a JPEG that libjpeg can open or go on with
     DAMAGED = 2,         // libjpeg went on after damaged or missing data and made up pixels
     WRONG_SIZE = 3,      // width and height differ from the data set's metadata, or raw bytes do not fit them
+    NO_MEMORY = 4,
 };
 
 // One libjpeg decompressor, kept by each thread for all its images.

@@ -21,10 +21,10 @@ JPG, RAW = 0, 1
 MEAN = (0.485, 0.456, 0.406)
 PLAIN = AugmentConfig(auto_augment="none")
 # In the order of OperationName in data/native/augment.h.
-OPERATIONS = (
-    "identity autocontrast equalize invert rotate posterize solarize solarize_add color contrast brightness sharpness "
-    "shear_x shear_y translate_x translate_y gaussian_blur"
-).split()
+POINTWISE = ("identity", "autocontrast", "equalize", "invert"), ("posterize", "solarize", "solarize_add")
+BLENDED = ("color", "contrast", "brightness", "sharpness")
+MOVED = ("shear_x", "shear_y", "translate_x", "translate_y")
+OPERATIONS = (*POINTWISE[0], "rotate", *POINTWISE[1], *BLENDED, *MOVED, "gaussian_blur")
 FILL = (124, 116, 104)
 
 try:
@@ -54,7 +54,9 @@ def decoder(config: AugmentConfig = PLAIN, *, size: int = 96, seed: int = 7) -> 
     return KeyedDecoder(plan, num_samples=1000, corrupt="stop")
 
 
-def decode(decoder: KeyedDecoder, data: bytes, *, sample: int = 0, mode: int = JPG, size: tuple[int, int] | None = None):
+def decode(
+    decoder: KeyedDecoder, data: bytes, *, sample: int = 0, mode: int = JPG, size: tuple[int, int] | None = None
+):
     width, height = size or Image.open(io.BytesIO(data)).size
     return decoder.decode(data, mode=mode, width=width, height=height, sample=sample)
 
@@ -80,7 +82,9 @@ def test_resize_is_pillows_to_the_bit(isa, filter_):
             status = LIBRARY.loader_resize(
                 pixels.ctypes.data, 211, 307, top, left, height, width, size, _filter(filter_), flip, out.ctypes.data
             )
-            expected = np.asarray(_resized_horizontally_first_or_as_pillow(image, (top, left, height, width), size, filter_))
+            expected = np.asarray(
+                _resized_horizontally_first_or_as_pillow(image, (top, left, height, width), size, filter_)
+            )
             assert status == 0
             np.testing.assert_array_equal(out[:size], expected[:, ::-1] if flip else expected)
             assert (out[size] == 77).all(), "wrote beyond the image"
@@ -178,7 +182,7 @@ def test_operation_is_pillows_to_the_bit(name):
         image = photograph(size, size, seed)
         dull = Image.fromarray((np.asarray(image) // 3 + 40).astype(np.uint8))
         flat = Image.new("RGB", (size, size), (90, 90, 200))
-        affine = name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+        affine = name in ("rotate", *MOVED)
         for source in (image, dull, flat):
             for argument in ARGUMENTS.get(name, (0.0,)):
                 for filter_ in (0, 1, 2) if affine else (0,):
@@ -231,7 +235,9 @@ def test_odd_sizes(height, width):
     data = jpeg(photograph(max(height, 4), max(width, 4)).crop((0, 0, width, height)))
     ours = decoder(size=32)
     for sample in range(10):
-        expected = augmented(Image.open(io.BytesIO(data)).convert("RGB"), sample_key(7, 0, sample), ours_plan(PLAIN, 32))
+        expected = augmented(
+            Image.open(io.BytesIO(data)).convert("RGB"), sample_key(7, 0, sample), ours_plan(PLAIN, 32)
+        )
         assert_nearly_equal(decode(ours, data, sample=sample), expected)
 
 
