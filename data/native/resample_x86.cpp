@@ -19,7 +19,7 @@ struct Split {
     explicit Split(int32_t weight) {
         const int32_t rounded = (weight + (1 << (SPLIT_BITS - 1))) >> SPLIT_BITS;
         high = (int16_t)rounded;
-        low = (int16_t)(weight - (rounded << SPLIT_BITS));
+        low = (int16_t)(weight - rounded * (1 << SPLIT_BITS));
     }
 };
 
