@@ -32,7 +32,7 @@ class Fault(Enum):
     EXIT = "exit"  # the process ends at once, with code 0
     FREEZE = "freeze"  # SIGSTOP: alive, but nothing moves
     SLEEP = "sleep"  # that many seconds
-    USR1 = "usr1"  # the notices a scheduler sends
+    USR1 = "usr"  # the notices a scheduler sends
     TERM = "term"
     NAN = "nan"  # the step's loss is nan
     INF = "inf"  # the loss is finite, its gradient is not

@@ -147,9 +147,9 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over this rank's micro-batches of the global batch."""
-        faults.at("step", self.progress.step)
         self.meters.begin_step()
         self.batch_norm.begin_step()
+        faults.at("step", self.progress.step)
         lr = self.lr(self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -251,6 +251,7 @@ class Trainer:
         """What takes long (data, compilation) is over, so from now on a silent rank is a broken one."""
         if not self.warm:
             self.warm = True
+            self.watchdog.arm()
             distributed.set_timeout(self.cfg.watchdog.step_timeout_seconds)
             if self.checkpointer is not None:
                 self.checkpointer.prepare(self.state_dict())

@@ -49,7 +49,7 @@ class Watchdog:
         self.host = socket.gethostname()
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ else None
         self.step, self.phase = 0, "start"
-        self.steps_done = 0  # in this process
+        self.armed = False  # nothing is a stall before the first step is done
         self.moved = time.monotonic()
         self.ended = threading.Event()
         self.file: int | None = None
@@ -76,11 +76,13 @@ class Watchdog:
 
     def beat(self, step: int, phase: str) -> None:
         """The training thread is at `step` (steps done) and about to do `phase`: step, data, evaluate, checkpoint."""
-        if phase == "step" and step > self.step:
-            self.steps_done += 1
         self.step, self.phase, self.moved = step, phase, time.monotonic()
         if phase == "step":
             self._write()  # so that the step at which a process is killed is known afterwards
+
+    def arm(self) -> None:
+        """The first step is done; from now on standing still is a fault."""
+        self.armed = True
 
     def while_iterating(self, items: Iterable[T], step: int, phase: str) -> Iterator[T]:
         for item in items:
@@ -119,7 +121,7 @@ class Watchdog:
                     f"rank {self.world.rank} on {self.host} has waited {still:.0f} s for its next batch (step "
                     f"{self.step})"
                 )
-            if self.steps_done and still > self.cfg.stall_seconds and not reported_stall:
+            if self.armed and still > self.cfg.stall_seconds and not reported_stall:
                 reported_stall = True
                 self._report_stall(still)
             if (

@@ -129,7 +129,7 @@ def _plain(value: Any) -> Any:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a metrics.jsonl; a line that a kill cut short is passed over."""
     events = []
-    if not path.exists():
+    if not path.is_file():  # neither there, nor something that reads without end, as /dev/full does
         return events
     for line in path.read_text().splitlines():
         try:

@@ -182,7 +182,7 @@ def test_of_a_sweep_of_three_the_second_fails_and_the_others_finish(train: Train
 def test_resume_is_exact_at_every_kind_of_step(train: Trainer, reference: str) -> None:
     """Mid-epoch, just before and after an epoch's end, again and again in one run; two ranks."""
     for step in (1, STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1, 13, STEPS - 1):
-        train.run("run", "trainer.agree_every_steps=1", fault=f"usr1@{step}:0")
+        train.run("run", "trainer.agree_every_steps=1", fault=f"usr@{step}:0")
     again = train.run("run")
     assert again.code == 0
     assert state_hash(again.directory) == reference

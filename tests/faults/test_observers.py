@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import ROOT, STEPS, Trainer, Training, state_hash
+from tests.faults.wandb_server import serving
 
 pytestmark = pytest.mark.faults
 LOGGED = list(range(2, STEPS + 1, 2))
@@ -66,3 +67,15 @@ def test_the_real_wandb_runs_offline_without_a_key(train: Trainer, reference: st
     assert len(files) == 1
     assert Path(files[0]).stat().st_size > 1000
     assert state_hash(training.directory) == reference
+
+
+def test_the_real_wandb_continues_the_same_run_online_with_each_step_once(train: Trainer) -> None:
+    with serving() as server:
+        environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "x" * 40, "HOME": str(train.output_dir)}
+        train.run("run", "logger.wandb=online", fault="term@13", ranks=1, timeout=150, **environment)
+        again = train.run("run", "logger.wandb=online", ranks=1, timeout=150, **environment)
+        assert again.code == 0, again.output
+        ((name, run),) = server.runs.items()
+    assert name == (again.directory / "wandb_run_id").read_text()
+    assert [line["step"] for line in run.history if "train/loss" in line] == LOGGED
+    assert [line["step"] for line in run.history if "eval/top1" in line] == [8, 16, 24]

@@ -29,7 +29,7 @@ def draw(random_: random.Random, start: int, total: int) -> str:
             f"raise@{step}:{rank}",
             f"raise@{step}:{rank}/data",
             f"exit@{step}:{rank}",
-            f"usr1@{step}:{rank}",
+            f"usr@{step}:{rank}",
             f"term@{step}",
             f"sleep0.3@{step}:{rank}",
             *(f"kill@{saved}:0/{place}" for place in ("copy", "open", "payload", "fsync", "rename", "retain", "saved")),

@@ -29,7 +29,7 @@ def test_sigterm_to_the_launcher_saves_within_its_grace_and_resumes_exactly(trai
 
 
 def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_step(train: Trainer, reference: str) -> None:
-    training = train.run("run", fault="usr1@9:1")
+    training = train.run("run", fault="usr@9:1")
     assert training.code == 1  # the launcher flattens the ranks' 75
     assert training.status["status"] == "preempted"
     assert training.status["step"] == 10

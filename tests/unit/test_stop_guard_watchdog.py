@@ -142,6 +142,7 @@ def test_a_stall_is_reported_once_with_stacks_and_the_step_is_known_afterwards(t
     said: list = []
     with watchdog(tmp_path, said) as dog:
         dog.beat(1, "step")
+        dog.arm()
         dog.beat(2, "data")
         time.sleep(2.2)
     kinds = [event for event, _ in said]
