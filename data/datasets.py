@@ -162,9 +162,11 @@ class TarSource:
         return content
 
 
-def imagenet_train(archive: str | Path) -> TarSource:
-    """ILSVRC2012_img_train.tar: one tar per class (its name is the WordNet id) inside a tar."""
+def imagenet_train(archive: str | Path) -> TarSource | FolderSource:
+    """ILSVRC2012_img_train.tar: one tar per class (its name is the WordNet id) inside a tar; or class folders."""
     archive = Path(archive)
+    if archive.is_dir():
+        return list_folder(archive)
     members, classes = [], []
     with _open_tar(archive) as outer:
         inner_tars = sorted((m for m in outer if m.isfile() and m.name.endswith(".tar")), key=lambda m: m.name)
@@ -178,20 +180,29 @@ def imagenet_train(archive: str | Path) -> TarSource:
     return _tar_source(archive, members, classes)
 
 
-def imagenet_val(archive: str | Path, labels: dict[str, str], classes: list[str]) -> TarSource:
-    """ILSVRC2012_img_val.tar, a flat tar; `labels` maps file names to WordNet ids, `classes` gives their numbers."""
+def imagenet_val(archive: str | Path, labels: dict[str, str], classes: list[str]) -> TarSource | FolderSource:
+    """ILSVRC2012_img_val.tar, or its images in one flat directory.
+
+    `labels` maps file names to WordNet ids, `classes` gives their numbers.
+    """
     archive = Path(archive)
     number = {name: index for index, name in enumerate(classes)}
-    members = []
+
+    def label(name: str) -> int:
+        if name not in labels:
+            raise ValueError(f"{archive}: {name} has no label in the devkit or label file")
+        if labels[name] not in number:
+            raise ValueError(f"{archive}: {name} is of class {labels[name]}, which the training set does not have")
+        return number[labels[name]]
+
+    if archive.is_dir():
+        names = sorted(entry.name for entry in archive.iterdir() if entry.name.lower().endswith(IMAGE_SUFFIXES))
+        if not names:
+            raise ValueError(f"{archive} holds no images; class folders are a case for prepare_data.py folder")
+        return FolderSource(archive, names, np.array([label(name) for name in names], dtype=np.int64), classes)
     with _open_tar(archive) as tar:
-        for member in sorted((m for m in tar if m.isfile()), key=lambda m: m.name):
-            name = Path(member.name).name
-            if name not in labels:
-                raise ValueError(f"{archive}: {name} has no label in the devkit or label file")
-            if labels[name] not in number:
-                raise ValueError(f"{archive}: {name} is of class {labels[name]}, which the training set does not have")
-            members.append((name, number[labels[name]], member.offset_data, member.size))
-    return _tar_source(archive, members, classes)
+        files = sorted((Path(m.name).name, m.offset_data, m.size) for m in tar if m.isfile())
+    return _tar_source(archive, [(name, label(name), offset, size) for name, offset, size in files], classes)
 
 
 def _tar_source(archive: Path, members: list[tuple[str, int, int, int]], classes: list[str]) -> TarSource:

@@ -81,8 +81,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         elif name == "fashion_mnist":
             command.add_argument("--source", help="directory with the four .gz files (default: found or fetched)")
         else:
-            command.add_argument("--train-tar", help="ILSVRC2012_img_train.tar")
-            command.add_argument("--val-tar", help="ILSVRC2012_img_val.tar")
+            command.add_argument("--train-tar", help="ILSVRC2012_img_train.tar, or class folders")
+            command.add_argument("--val-tar", help="ILSVRC2012_img_val.tar, or a flat directory")
             command.add_argument(
                 "--devkit", help="ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, or a file of WordNet ids"
             )

@@ -93,6 +93,24 @@ def test_imagenet_from_tars_to_betons(imagenet, capsys):
     assert main([*command, "--out", str(imagenet / "b")]) == 1 and "--devkit" in capsys.readouterr().out
 
 
+def test_imagenet_unpacked_gives_the_same_samples(imagenet):
+    for name in ("train", "val"):
+        with tarfile.open(imagenet / f"{name}.tar") as tar:
+            tar.extractall(imagenet / name, filter="data")
+    for archive in (imagenet / "train").glob("*.tar"):
+        with tarfile.open(archive) as tar:
+            tar.extractall(archive.with_suffix(""), filter="data")
+        archive.unlink()
+    packed, unpacked = imagenet_train(imagenet / "train.tar"), imagenet_train(imagenet / "train")
+    labels = imagenet_val_labels(imagenet / "labels.txt")
+    pairs = [(packed, unpacked)]
+    pairs.append(tuple(imagenet_val(imagenet / name, labels, packed.classes) for name in ("val.tar", "val")))
+    for tar_source, folder_source in pairs:
+        assert (tar_source.names, tar_source.classes) == (folder_source.names, folder_source.classes)
+        assert tar_source.labels.tolist() == folder_source.labels.tolist()
+        assert tar_source.read(1) == folder_source.read(1)
+
+
 @pytest.mark.parametrize(
     "text",
     [
