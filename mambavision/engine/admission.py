@@ -23,7 +23,12 @@ def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World) -> Iterator[Ru
 
     def acquire() -> None:
         run_dir.create()
-        taken_from = lock.acquire()
+        try:
+            taken_from = lock.acquire()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {lock.path}: {error.strerror}; free space or give another output_dir=DIR"
+            ) from error
         if taken_from is not None:
             print(f"note      the lock of a dead training is taken over ({taken_from})", flush=True)
 

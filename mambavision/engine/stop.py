@@ -15,7 +15,7 @@ from types import FrameType
 
 from mambavision.distributed import World, agree
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _IMPATIENT = 3  # so many Ctrl-C end the process at once
 
 
@@ -38,7 +38,8 @@ class StopNotice:
 
     def __enter__(self) -> StopNotice:
         for number in _SIGNALS:
-            self.previous[number] = signal.signal(number, self._notice)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                self.previous[number] = signal.signal(number, self._notice)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -124,10 +124,7 @@ class Watchdog:
             if self.armed and still > self.cfg.stall_seconds and not reported_stall:
                 reported_stall = True
                 self._report_stall(still)
-            if (
-                self.steps_done
-                and still > self.cfg.step_timeout_seconds + self.cfg.stall_seconds + _LAST_RESORT_SECONDS
-            ):
+            if self.armed and still > self.cfg.step_timeout_seconds + self.cfg.stall_seconds + _LAST_RESORT_SECONDS:
                 self._end(f"rank {self.world.rank} has not moved for {still:.0f} s, nor have its collectives timed out")
             if self.launcher is not None and os.getppid() != self.launcher:
                 orphan_since = orphan_since or now

@@ -29,7 +29,10 @@ class ConsoleSink:
             show(fields)
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        try:
+            self.console.print(text, markup=False)
+        except OSError:  # the terminal or the pipe is gone; metrics.jsonl has everything
+            self.console.quiet = True
 
     def _show_start(self, f: dict) -> None:
         self._print(f"run       {f['run_directory']}")

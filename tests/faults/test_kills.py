@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from scripts.inspect_run import inspect
 from tests.faults.harness import STEPS, Trainer, newest, state_hash, valid_steps
 
 pytestmark = pytest.mark.faults
@@ -45,6 +46,11 @@ def test_a_lost_node_leaves_no_lock_and_loses_at_most_one_interval(train: Traine
     assert again.code == 0
     assert "taken over" in again.output
     assert state_hash(again.directory) == reference
+    report = inspect(again.directory)
+    assert [start["ending"] for start in report["starts"]] == ["killed", "finished"]
+    assert 0 <= report["lost_steps"] <= 5, "at most the checkpoint interval"
+    assert all(item["valid"] for item in report["checkpoints"])
+    assert 0.5 < report["goodput"] <= 1.0
 
 
 @pytest.mark.parametrize("place", ["copy", "open", "payload", "fsync", "rename", "retain", "saved"])

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from scripts.inspect_run import inspect
 from tests.faults.harness import STEPS, Trainer, running, state_hash, valid_steps
 
 pytestmark = pytest.mark.faults
@@ -25,6 +26,8 @@ def test_sigterm_to_the_launcher_saves_within_its_grace_and_resumes_exactly(trai
     assert max(valid_steps(training.directory)) == training.status["step"], "steps were lost on a notice"
     assert training.status["step"] <= 9 + 2 + 4
     assert train.run("run").code == 0
+    report = inspect(training.directory)
+    assert [(start["ending"], start["lost_steps"]) for start in report["starts"]] == [("preempted", 0), ("finished", 0)]
     assert state_hash(training.directory) == reference
 
 

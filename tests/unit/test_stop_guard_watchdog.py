@@ -101,7 +101,7 @@ def test_batch_norm_forgets_a_refused_step() -> None:
     assert model[0].num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_remembered_until_the_ranks_agree(tmp_path: Path, number: int) -> None:
     before = signal.getsignal(number)
     with StopNotice(WORLD, tmp_path / "STOP") as stop:
