@@ -31,21 +31,23 @@ def scan_cpu(
         ValueError: shapes or dtypes that do not fit.
         RuntimeError: the kernels could not be built here, or a gradient of a gradient is asked for.
     """
-    return _operator()(u, delta, A, B, C, D, delta_bias)
+    _require_native()
+    return torch.ops.mambavision.selective_scan(u, delta, A, B, C, D, delta_bias)
 
 
-@cache
-def _operator() -> torch._ops.OpOverload:
-    native = load_native()
-    if native is None:
+@torch.compiler.assume_constant_result  # torch.compile then calls it while tracing instead of looking inside
+def _require_native() -> bool:
+    """Builds and loads the kernels at the first call; raises RuntimeError where that fails."""
+    if load_native() is None:
         raise RuntimeError(
             "the CPU scan is not built (the warning above says why); install a C++ compiler (apt install g++) "
             "or use scan_backend=reference"
         )
     _register_shapes()
-    return native.selective_scan.default
+    return True
 
 
+@cache
 def _register_shapes() -> None:
     @torch.library.register_fake("mambavision::scan_forward")
     def _(u, delta, A, B, C, D, delta_bias, keep_states):

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -219,6 +220,15 @@ Gradients scan_backward(const Tensor& dy_in, const Tensor& u_in, const Tensor& d
           parameter_gradient(N + 1)};
 }
 
+// All threads evaluate exponentials as the scan does, from registers and first-level cache; how many they did together.
+int64_t scan_exponentials(int64_t per_thread) {
+  std::atomic<int64_t> total{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; thread++) total += kernels().exponentials(per_thread);
+  });
+  return total;
+}
+
 const auto& forward_operator() {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("mambavision::scan_forward", "")
@@ -321,6 +331,7 @@ TORCH_LIBRARY_FRAGMENT(mambavision, library) {
   library.def(
       "scan_backward(Tensor dy, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
       "Tensor checkpoints) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("scan_exponentials(int per_thread) -> int", mambavision::scan_exponentials);
 }
 
 TORCH_LIBRARY_IMPL(mambavision, CompositeImplicitAutograd, library) {

@@ -200,37 +200,39 @@ INLINE void store_tile(const ScanProblem& p, int64_t batch, Tile tile, int64_t c
   *dbias = dbias_sum;
 }
 
-// Recomputes decays and states of a group over the tile.
+// Recomputes decays and states of a group over the tile. dB_dC[token][2 N] collects, over the blocks, the gradients of B
+// and C still spread over the lanes: those of C here, where arithmetic leaves room for memory traffic.
 template <bool kBounded>
-INLINE void recompute(BackwardTile& s, int tokens, int64_t states, const float* BC) {
+INLINE void recompute(BackwardTile& s, int tokens, int64_t states, const float* BC, Vec* dB_dC) {
   Vec A[kBackwardGroup], h[kBackwardGroup];
   for (int n = 0; n < kBackwardGroup; n++) A[n] = s.A[n], h[n] = s.state[0][n];
   for (int t = 0; t < tokens; t++, BC += 2 * states) {
-    const Vec dt = s.dt[t], x = s.x[t];
+    const Vec dt = s.dt[t], x = s.x[t], dy = s.dy[t];
+    Vec* dC = dB_dC + t * 2 * states + states;
 #pragma GCC unroll 8
     for (int n = 0; n < kBackwardGroup; n++) {
       const Vec a = decay<kBounded>(dt, A[n]);
       h[n] = a * h[n] + x * BC[n];
       s.decay[t][n] = a;
       s.state[t + 1][n] = h[n];
+      dC[n] += dy * h[n];
     }
   }
 }
 
 // Walks a group of states back over the tile. The adjoint is dL/dh at the tile's end on entry, before its first token on
-// return. dB_dC[token][2 N] collects, over the blocks, the gradients of B and C still spread over the lanes.
+// return.
 INLINE void reverse(BackwardTile& s, int tokens, int64_t states, const float* BC, Vec* adjoint, Vec* dA, Vec* dB_dC) {
   Vec g[kBackwardGroup], dA_sum[kBackwardGroup];
   for (int n = 0; n < kBackwardGroup; n++) g[n] = adjoint[n], dA_sum[n] = dA[n];
   for (int t = tokens - 1; t >= 0; t--) {
     const float *B = BC + t * 2 * states, *C = B + states;
-    Vec *dB = dB_dC + t * 2 * states, *dC = dB + states;
+    Vec* dB = dB_dC + t * 2 * states;
     const Vec dy = s.dy[t], x = s.x[t], dt = s.dt[t];
     Vec ddt = s.ddt[t], dx = s.dx[t];
 #pragma GCC unroll 8
     for (int n = 0; n < kBackwardGroup; n++) {
       const Vec dh = g[n] + dy * C[n];
-      dC[n] += dy * s.state[t + 1][n];
       dB[n] += dh * x;
       dx += dh * B[n];
       g[n] = dh * s.decay[t][n];
@@ -260,9 +262,9 @@ void backward_block(const ScanProblem& p, int64_t batch, int64_t tile_index, Til
       prefetch(before - p.padded_states * p.padded_channels);
     }
     if (bounded)
-      recompute<true>(s, tile.tokens, p.padded_states, BC + first);
+      recompute<true>(s, tile.tokens, p.padded_states, BC + first, dB_dC + first);
     else
-      recompute<false>(s, tile.tokens, p.padded_states, BC + first);
+      recompute<false>(s, tile.tokens, p.padded_states, BC + first, dB_dC + first);
     reverse(s, tile.tokens, p.padded_states, BC + first, sums.adjoint + first, sums.dA + first, dB_dC + first);
   }
   store_tile<T>(p, batch, tile, channel, s, sums.dbias);
@@ -305,6 +307,21 @@ void backward(const ScanProblem& p, int64_t slot, Range batches, int64_t group, 
                           : backward_range<float>(p, slot, batches, group, blocks);
 }
 
+int64_t exponentials(int64_t at_least) {
+  constexpr int kVectors = 64, kSums = 8;  // enough independent ones to be bound by throughput
+  Vec exponents[kVectors], sums[kSums] = {};
+  for (int i = 0; i < kVectors; i++) exponents[i] = splat(0.01f * i);
+  int64_t done = 0;
+  for (; done < at_least; done += kVectors * kLanes) {
+    __asm__ volatile("" ::"r"(exponents) : "memory");  // each round counts as new input
+    for (int i = 0; i < kVectors; i += kSums)
+      for (int k = 0; k < kSums; k++) sums[k] += exp2_product_bounded(exponents[i + k], splat(-kLog2E));
+  }
+  volatile float used = sum_lanes(sums[0] + sums[1] + sums[2] + sums[3] + sums[4] + sums[5] + sums[6] + sums[7]);
+  (void)used;
+  return done;
+}
+
 }  // namespace
 
-const mambavision::ScanKernels mambavision::ISA_SYMBOL(scan_kernels) = {kLanes, forward, backward};
+const mambavision::ScanKernels mambavision::ISA_SYMBOL(scan_kernels) = {kLanes, forward, backward, exponentials};

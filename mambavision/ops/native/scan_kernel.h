@@ -45,6 +45,7 @@ struct ScanKernels {
   int lanes;  // channels in a block
   void (*forward)(const ScanProblem&, int64_t batch, Range blocks);
   void (*backward)(const ScanProblem&, int64_t slot, Range batches, int64_t group, Range blocks);
+  int64_t (*exponentials)(int64_t at_least);  // evaluates that many and returns how many: the bench's bound
 };
 
 extern const ScanKernels scan_kernels_baseline, scan_kernels_avx2, scan_kernels_avx512;
