@@ -67,8 +67,9 @@ OSCacheManager.compile_reader = _compile_reader_when_used
 class KeyedDecoder(Operation):
     """The first and only operation of an image pipeline. Output: (B, S, S, 3) uint8, S the plan's image size.
 
-    `path`, the .beton itself, is needed with corrupt="skip": substitutes are read from it. Raises NativeUnavailable
-    where the library cannot be built, ValueError for a plan or a combination that it cannot run.
+    `path`, the .beton itself, is needed with corrupt="skip": substitutes are read from it.
+    `num_threads`: None takes the Loader's num_workers, which numba limits to the cores. Raises NativeUnavailable where
+    the library cannot be built, ValueError for a plan or a combination that it cannot run.
     """
 
     def __init__(
@@ -78,10 +79,12 @@ class KeyedDecoder(Operation):
         num_samples: int,
         corrupt: str = "skip",
         path: str | Path | None = None,
+        num_threads: int | None = None,
     ):
         super().__init__()
         self._library = load_library()
         self._settings = Settings(num_samples=num_samples, failures=self._library.loader_new_log())
+        self._num_threads = num_threads
         self._pool: int | None = None
         fill_settings(self._settings, plan)
         if corrupt == "skip" and isinstance(plan, AugmentPlan):
@@ -143,7 +146,7 @@ class KeyedDecoder(Operation):
 
     def generate_code(self) -> Callable:
         if self._pool is None:
-            self._pool = self._library.loader_new_pool(Compiler.num_threads)
+            self._pool = self._library.loader_new_pool(self._num_threads or Compiler.num_threads)
         return uncompiled(self._decode_batch)
 
     def _decode_batch(
