@@ -37,17 +37,22 @@ def scan_cpu(
 
 @torch.compiler.assume_constant_result  # torch.compile then calls it while tracing instead of looking inside
 def _require_native() -> bool:
-    """Builds and loads the kernels at the first call; raises RuntimeError where that fails."""
-    if load_native() is None:
+    return _operator() is not None
+
+
+@cache
+def _operator() -> torch._ops.OpOverload:
+    """Builds, loads and registers the kernels at the first call; raises RuntimeError where that fails."""
+    native = load_native()
+    if native is None:
         raise RuntimeError(
             "the CPU scan is not built (the warning above says why); install a C++ compiler (apt install g++) "
             "or use scan_backend=reference"
         )
     _register_shapes()
-    return True
+    return native.selective_scan.default
 
 
-@cache
 def _register_shapes() -> None:
     @torch.library.register_fake("mambavision::scan_forward")
     def _(u, delta, A, B, C, D, delta_bias, keep_states):
