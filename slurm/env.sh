@@ -20,7 +20,7 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 
 # ---- NCCL -------------------------------------------------------------------------------------------------------------
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1} # a dead peer ends the run instead of hanging it
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}     # flight recorder: the last collectives before a hang
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} # flight recorder: the last collectives before a hang
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # export NCCL_SOCKET_IFNAME=ib0      # where nodes have several networks: the one for the rendezvous and for gloo
 # export GLOO_SOCKET_IFNAME=ib0

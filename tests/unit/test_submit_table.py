@@ -84,9 +84,9 @@ def test_the_table_is_written_for_people_and_programs(sweep: Sweep) -> None:
 
 
 def test_a_second_submission_at_the_same_time_is_refused(sweep: Sweep) -> None:
-    with sweep.locked(), pytest.raises(RuntimeError, match="another scripts/submit.py works on"):
-        with Sweep(sweep.directory, sweep.points).locked():
-            pass
+    second = Sweep(sweep.directory, sweep.points)
+    with sweep.locked(), pytest.raises(RuntimeError, match="another scripts/submit"), second.locked():
+        pass
 
 
 def test_what_would_be_refused_is_found_before_anything_starts(tmp_path: Path) -> None:
@@ -103,5 +103,6 @@ def test_what_would_be_refused_is_found_before_anything_starts(tmp_path: Path) -
 
 
 def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:
-    twice = points.expand(["experiment=tiny", f"output_dir={tmp_path}", "data.num_workers=1,2"])  # not part of a run's name
+    # The number of workers is no part of a run's name.
+    twice = points.expand(["experiment=tiny", f"output_dir={tmp_path}", "data.num_workers=1,2"])
     assert "the same run as data.num_workers=1" in problems_before_start(twice, world_size=1)[0]
