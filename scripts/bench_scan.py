@@ -1,0 +1,233 @@
+"""Times every scan backend available here against the plain recurrence and against what the machine allows.
+
+    python scripts/bench_scan.py [--device cpu|cuda] [--dtypes float32,bfloat16] [--rounds 9] [--json FILE]
+
+All backends take turns within a round, so that whatever else the machine does hits them alike; figures are medians over
+the rounds, the spread is the interquartile range. The bound is measured in the same run: the larger of bytes moved over
+copy bandwidth and exponentials over the rate of the kernel's own exponential (CPU only; on CUDA the bytes alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mambavision.ops.native_build import load_native
+from mambavision.ops.selective_scan import choose_backend, selective_scan_tokens
+
+STATES = 8
+SHAPES = {  # tokens, channels of the scan: half the mixer's width
+    "T stage 3": (196, 160),
+    "T stage 4": (49, 320),
+    "B stage 3": (196, 256),
+    "B stage 4": (49, 512),
+}
+MODES = ("forward", "backward", "forward_backward")
+TILE_TOKENS = 16
+
+
+@dataclass
+class Row:
+    """One line of the table; times in milliseconds."""
+
+    name: str
+    mode: str
+    dtype: str
+    shape: str
+    batch: int
+    tokens: int
+    channels: int
+    ms: float
+    spread: float
+    n: int
+    speedup_over_reference: float
+    bound_ms: float
+    times_bound: float
+
+
+@dataclass
+class Machine:
+    device: str
+    threads: int
+    torch: str
+    instruction_set: str
+    copy_gb_per_s: float
+    exponentials_g_per_s: float | None
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    machine = measure_machine(arguments.device)
+    print(json.dumps(asdict(machine)))
+    rows: list[Row] = []
+    for dtype in arguments.dtypes.split(","):
+        for shape, (tokens, channels) in SHAPES.items():
+            new = bench_shape(arguments, machine, shape, tokens, channels, getattr(torch, dtype))
+            rows += new
+            for row in new:
+                print(
+                    f"{row.shape} {row.tokens}x{row.channels} {row.dtype:9} {row.name:10} {row.mode:17}"
+                    f"{row.ms:9.3f} ms +-{row.spread:.3f} (n={row.n})  x{row.speedup_over_reference:.1f} reference  "
+                    f"{row.times_bound:.2f} x bound",
+                    flush=True,
+                )
+    if arguments.json:
+        report = {"machine": asdict(machine), "results": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9, help="at least 5")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def bench_shape(
+    arguments: argparse.Namespace, machine: Machine, shape: str, tokens: int, channels: int, dtype: torch.dtype
+) -> list[Row]:
+    inputs = scan_inputs(arguments.batch, tokens, channels, dtype, arguments.device)
+    dy = torch.randn(arguments.batch, tokens, channels, device=arguments.device).to(dtype)
+    names = backends(arguments.device)
+    times = {(name, mode): [] for name in names for mode in MODES}
+    for round_index in range(arguments.rounds + 2):  # the first two warm up
+        for name in names:
+            for mode, milliseconds in run_once(name, inputs, dy).items():
+                if round_index >= 2:
+                    times[name, mode].append(milliseconds)
+    rows = []
+    for (name, mode), samples in times.items():
+        median, (low, _, high) = statistics.median(samples), statistics.quantiles(samples, n=4)
+        bound = bound_ms(machine, mode, arguments.batch, tokens, channels, dtype)
+        reference = statistics.median(times["reference", mode])
+        figures = (median, high - low, len(samples), reference / median, bound, median / bound)
+        text = str(dtype).removeprefix("torch.")
+        rows.append(Row(name, mode, text, shape, arguments.batch, tokens, channels, *figures))
+    return rows
+
+
+def run_once(backend: str, inputs: list[Tensor], dy: Tensor) -> dict[str, float]:
+    """Milliseconds of inference, of forward + backward through autograd, and of that backward alone."""
+
+    def scan() -> Tensor:
+        return selective_scan_tokens(*inputs, backend=backend)
+
+    def forward() -> None:
+        with torch.no_grad():
+            scan()
+
+    result = {"forward": milliseconds_of(forward, dy.device)}
+    for tensor in inputs:
+        tensor.grad = None
+    outputs: list[Tensor] = []
+    training_forward = milliseconds_of(lambda: outputs.append(scan()), dy.device)
+    result["backward"] = milliseconds_of(lambda: outputs.pop().backward(dy), dy.device)
+    result["forward_backward"] = training_forward + result["backward"]
+    return result
+
+
+@cache
+def backends(device: str) -> list[str]:
+    """The plain recurrence and every other backend that runs on this device."""
+    names = ["reference"]
+    for name in ("cpu",) if device == "cpu" else ("triton", "mamba_ssm"):
+        try:
+            names.append(choose_backend(device, torch.float32, name))
+        except RuntimeError as reason:  # not installed: said once, then left out
+            print(f"{name} left out: {reason}")
+    return names
+
+
+def bound_ms(machine: Machine, mode: str, batch: int, tokens: int, channels: int, dtype: torch.dtype) -> float:
+    """The least time the measured machine needs for the bytes and exponentials of a scan, in milliseconds."""
+    if mode == "forward_backward":
+        return sum(bound_ms(machine, part, batch, tokens, channels, dtype) for part in ("forward", "backward"))
+    size, elements = dtype.itemsize, batch * tokens * channels
+    per_token = 2 * batch * tokens * STATES * size  # B and C, or their gradients
+    if mode == "forward":
+        moved = 3 * elements * size + per_token
+    else:  # reads u, delta, dy and the states kept; writes du, ddelta
+        moved = 5 * elements * size + 2 * per_token + elements * STATES * 4 // TILE_TOKENS
+    seconds = moved / (machine.copy_gb_per_s * 1e9)
+    if machine.exponentials_g_per_s:  # one for each decay, one for the softplus
+        seconds = max(seconds, elements * (STATES + 1) / (machine.exponentials_g_per_s * 1e9))
+    return seconds * 1e3
+
+
+def measure_machine(device: str) -> Machine:
+    native = load_native() if device == "cpu" else None
+    rate = None
+    if native is not None:
+        rates = []
+        for _ in range(9):
+            start = time.perf_counter()
+            rates.append(native.scan_exponentials(20_000_000) / (time.perf_counter() - start) / 1e9)
+        rate = statistics.median(rates)
+    return Machine(
+        device=processor_name() if device == "cpu" else torch.cuda.get_device_name(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        instruction_set=native.native_isa() if native else "",
+        copy_gb_per_s=measure_copy(device),
+        exponentials_g_per_s=rate,
+    )
+
+
+def processor_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def measure_copy(device: str) -> float:
+    """GB read and written per second by a copy of 8 MB, about the size of the tensors here, destination allocated."""
+    source = torch.ones(2_000_000, device=device)
+    destination = torch.empty_like(source)
+    times = [milliseconds_of(lambda: destination.copy_(source), source.device) for _ in range(50)]
+    return 2 * source.numel() * 4 / statistics.median(times) / 1e6
+
+
+def milliseconds_of(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    start_seconds = time.perf_counter()
+    work()
+    return (time.perf_counter() - start_seconds) * 1e3
+
+
+def scan_inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """u, delta, A, B, C, D, delta_bias with the decays of a freshly initialised Mamba: dt from 0.001 to 0.1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    dt = torch.exp(torch.rand(channels, generator=generator) * 4.6 - 6.9)
+    activations = [normal(batch, tokens, channels), normal(batch, tokens, channels) * 0.5]
+    A = -torch.arange(1.0, STATES + 1).repeat(channels, 1)
+    states = [normal(batch, tokens, STATES), normal(batch, tokens, STATES)]
+    parameters = [torch.ones(channels), dt + torch.log(-torch.expm1(-dt))]
+    tensors = [*(t.to(dtype) for t in activations), A, *(t.to(dtype) for t in states), *parameters]
+    return [tensor.to(device).requires_grad_() for tensor in tensors]
+
+
+if __name__ == "__main__":
+    main()
