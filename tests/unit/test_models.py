@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from mambavision import VARIANTS, create_model, list_models
 from mambavision.models import fuse_for_inference
+from mambavision.models.attention import attend_by_products
 from mambavision.models.blocks import add_branch, cut_windows, join_windows, window_grid
 from mambavision.models.pretrained import load_weights
 
@@ -146,6 +147,16 @@ def test_a_single_window_of_a_channels_last_map_is_cut_and_joined_without_a_copy
     grid = window_grid(4, 4, 4, "published")
     tokens = cut_windows(x, grid)
     assert tokens.data_ptr() == x.data_ptr() == join_windows(tokens, grid, 4, 4).data_ptr()
+
+
+def test_attention_by_products_equals_the_fused_one_in_value_and_gradient():
+    qkv = torch.randn(3, 2, 3, 7, 5, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(2, 3, 7, 5, dtype=torch.float64)
+    found = attend_by_products(qkv)
+    expected = F.scaled_dot_product_attention(*qkv.unbind(0))
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((y * direction).sum(), qkv)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_drop_path_keeps_the_mean_and_drops_whole_rows_by_the_seed():
