@@ -30,8 +30,8 @@ class Attention(nn.Module):
 def attend_by_products(qkv: Tensor) -> Tensor:
     """Attention as two matrix products, (3, b, heads, L, head width) -> (b, heads, L, head width).
 
-    In training on a CPU this takes a third of the fused kernel's time, whose backward is slow there: the three parts are
-    brought into order by one copy, and the scale is part of the product.
+    In training on a CPU this takes a third of the fused kernel's time, whose backward is slow there. The three parts
+    are brought into order by one copy, and the scale is part of the product.
     """
     _, batch, heads, length, width = qkv.shape
     q, k, v = qkv.reshape(3, batch * heads, length, width).unbind(0)

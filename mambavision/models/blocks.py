@@ -31,8 +31,8 @@ class ConvBlock(nn.Module):
 def conv_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """norm(conv(x)). In training the convolution's bias is not added, as the batch mean takes it out again.
 
-    It still moves the running mean. Its gradient is then exactly zero, where summing the activations' gradients would leave
-    rounding noise, which an Adam-like optimizer blows up to full steps that differ with the order of summation.
+    It still moves the running mean. Its gradient is then exactly zero, where summing the activations' gradients would
+    leave rounding noise, which an Adam-like optimizer blows up to full steps that differ with the order of summation.
     """
     if not isinstance(norm, nn.BatchNorm2d) or not norm.training or conv.bias is None:
         return norm(conv(x))
