@@ -84,9 +84,9 @@ def swept_keys(overrides: Sequence[str]) -> list[str]:
 
 def sweep_name(overrides: Sequence[str]) -> str:
     """The sweep's directory under output_dir and its W&B group: the explicit run_name, else a hash of what is swept."""
-    explicit = [o.split("=", 1)[1].strip("'\"") for o in overrides if o.startswith("run_name=")]
-    if explicit and explicit[-1]:
-        return explicit[-1]
+    parsed = OverridesParser.create().parse_overrides([o for o in overrides if o.startswith("run_name=")])
+    if parsed and (explicit := str(parsed[-1].value())).strip():
+        return explicit
     settings = sorted(o for o in overrides if o.split("=", 1)[0].split(".")[0] not in ("hydra", "logger", "output_dir"))
     return f"sweep-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
 

@@ -132,7 +132,8 @@ def test_a_run_stopped_by_its_time_limit_goes_on_and_ends_with_the_same_weights(
 ) -> None:
     # The limit is checked every 30 s, so the notice comes 20 to 50 s after the start and the limit after 60 to 90.
     slow = "sleep1@0-40:0"
-    job = submit(cluster, tmp_path, *LONG, options=("--time=1", "--signal=B:USR1@40"), MAMBAVISION_FAULT=slow)
+    env = {"MAMBAVISION_FAULT": slow, "SIGNAL_AFTER_SECONDS": "0"}  # the STOP file and, at once, the signal as well
+    job = submit(cluster, tmp_path, *LONG, options=("--time=1", "--signal=B:USR1@40"), **env)
     job.wait_for_start(2)
     cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=30"])
     assert job.end() == "COMPLETED", job.output
