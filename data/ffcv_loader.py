@@ -66,7 +66,13 @@ def _native_decoder(data: DataConfig, plan: AugmentPlan | EvalPlan, file: BetonF
     if data.decoder == "stock":
         return None
     try:
-        return KeyedDecoder(plan, num_samples=len(file.beton), corrupt=data.corrupt_images, path=file.path)
+        return KeyedDecoder(
+            plan,
+            num_samples=len(file.beton),
+            corrupt=data.corrupt_images,
+            path=file.path,
+            num_threads=workers_per_rank(data.num_workers),
+        )
     except NativeUnavailable as error:
         if isinstance(plan, AugmentPlan):
             logger.warning(
@@ -78,11 +84,9 @@ def _native_decoder(data: DataConfig, plan: AugmentPlan | EvalPlan, file: BetonF
         return None
 
 
-def _threads(data: DataConfig) -> int:
-    workers = workers_per_rank(data.num_workers)
-    if workers > numba.config.NUMBA_NUM_THREADS:
-        logger.warning("data.num_workers=%d is more than the %d cores", workers, numba.config.NUMBA_NUM_THREADS)
-    return min(workers, numba.config.NUMBA_NUM_THREADS)
+def _numba_threads(data: DataConfig) -> int:
+    """What FFCV is told; numba refuses more than there are cores. The native decoder has threads of its own."""
+    return min(workers_per_rank(data.num_workers), numba.config.NUMBA_NUM_THREADS)
 
 
 class FfcvTrainLoader(TrainLoader):
@@ -104,7 +108,7 @@ class FfcvTrainLoader(TrainLoader):
         """FFCV's loader for an image size; another size (progressive resolution) is another loader."""
         self.close()
         plan = AugmentPlan.create(self.augment, image_size=size, seed=self.seed, mean=self.data.mean)
-        workers = _threads(self.data)
+        workers = _numba_threads(self.data)
         self._native = _native_decoder(self.data, plan, self.file)
         self._stock = None if self._native else StockAugment(plan, workers)
         self._order = GivenOrder(np.arange(self.num_samples, dtype=np.uint64))
@@ -192,7 +196,7 @@ class FfcvEvalLoader(EvalLoader):
         self.indices = eval_indices(self.num_samples, rank, world_size)
         self.corrupt = CorruptImages(data.corrupt_images, data.max_corrupt_fraction)
         self.plan = EvalPlan.create(data)
-        self.workers = _threads(data)
+        self.workers = _numba_threads(data)
         self._native = _native_decoder(data, self.plan, self.file)
         self._loader: Loader | None = None
 
