@@ -59,7 +59,9 @@ def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prefork_ffcv() -> Iterator[Prefork]:
     """ffcv takes seconds to import, so only tests that read .beton files pay for it."""
     pytest.importorskip("ffcv")
-    server = Prefork(*FAST, "data.ffcv_loader")
+    server = Prefork(
+        *FAST, "numba", "cv2", "numba.core.typed_passes"
+    )  # ffcv's own library starts a thread: not forkable
     yield server
     server.close()
 
