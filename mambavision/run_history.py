@@ -74,21 +74,21 @@ def starts_without_progress(directory: Path, step: int) -> list[Start]:
     """
     counted: list[Start] = []
     for start in reversed(starts(directory)):
-        if start.step != step or start.saved_step > step or (start.cause or "").startswith(NO_PROGRESS):
+        if start.step != step or start.saved_step > step or NO_PROGRESS in (start.cause or ""):
             break
         if start.ending not in ("preempted", "finished"):
             counted.append(start)
     return counted
 
 
-NO_PROGRESS = "no progress"
+NO_PROGRESS = "no progress over several starts"
 
 
 def no_progress_message(counted: list[Start], step: int, steps_per_epoch: int) -> str:
     reached = max(s.last_step for s in counted)
     causes = "; ".join(dict.fromkeys(s.cause or "killed without a word" for s in counted))
     return (
-        f"{NO_PROGRESS}: the last {len(counted)} starts all began at step {step} and ended by a fault at step "
+        f"{NO_PROGRESS}: the last {len(counted)} all began at step {step} and ended by a fault at step "
         f"{reached} at the latest "
         f"(epoch {reached // steps_per_epoch}, step {reached % steps_per_epoch} of it) without a newer "
         f"checkpoint. Causes: {causes}. "

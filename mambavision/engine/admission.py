@@ -9,6 +9,7 @@ from mambavision import distributed
 from mambavision.config import TrainConfig
 from mambavision.distributed import World
 from mambavision.engine import checkpoint
+from mambavision.engine.guard import TrainingFailed
 from mambavision.engine.stop import StopNotice
 from mambavision.run_dir import RunDirectory, check_resume
 from mambavision.run_history import starts
@@ -49,8 +50,13 @@ def failures_in_status(run_dir: RunDirectory, world: World, lock: RunLock) -> It
         before = run_dir.status() or {}
         if world.is_main and lock.held and before.get("status") not in ("finished", "failed"):
             cause = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            run_dir.write_status("failed", step=before.get("step", 0), cause=cause)
+            run_dir.write_status("failed", step=before.get("step", 0), cause=cause, **refusal(error))
         raise
+
+
+def refusal(error: BaseException) -> dict[str, bool]:
+    """{"refused": True} for status.json where starting again would end alike: slurm/train.sbatch then does not."""
+    return {"refused": True} if isinstance(error, (ValueError, TrainingFailed)) else {}
 
 
 def check_before_start(run_dir: RunDirectory, cfg: TrainConfig, stop: StopNotice) -> None:

@@ -21,7 +21,7 @@ from mambavision.config import TrainConfig
 from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
 from mambavision.engine import checkpoint
-from mambavision.engine.admission import check_before_start, failures_in_status, locked, log_changes
+from mambavision.engine.admission import check_before_start, failures_in_status, locked, log_changes, refusal
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.failure import first_cause, leave_note
 from mambavision.engine.precision import resolve_precision
@@ -94,7 +94,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
         except BaseException as error:
             leave_note(run_dir.path, world, error, trainer.progress.step)
             cause = first_cause(run_dir.path, world, error, since, silent_seconds=3 * cfg.watchdog.heartbeat_seconds)
-            end(trainer, run_dir, "failed", cause=cause, may_write=lock.held)
+            end(trainer, run_dir, "failed", cause=cause, may_write=lock.held, **refusal(error))
             raise
         return end(trainer, run_dir, status, cause=stop.cause if status == "preempted" else None, may_write=lock.held)
 
@@ -197,8 +197,8 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
             raise ValueError(str(problem)) from problem
 
     path, refused = distributed.on_main(world, choose)
-    for refusal in refused:
-        trainer.telemetry.log("warning", message=f"{refusal.path.name} is passed over: {refusal.reason}")
+    for damaged in refused:
+        trainer.telemetry.log("warning", message=f"{damaged.path.name} is passed over: {damaged.reason}")
     if path is not None:
         trainer.load_state_dict(checkpoint.load(path))
 
@@ -207,9 +207,7 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
         step = 0 if path is None else checkpoint.step_of(path)
         counted = starts_without_progress(run_dir.path, step)
         if len(counted) >= cfg.max_restarts_without_progress:
-            message = no_progress_message(counted, step, trainer.train_loader.steps_per_epoch)
-            trainer.telemetry.log("stop", status="failed", step=step, cause=message)
-            raise ValueError(message)
+            raise ValueError(no_progress_message(counted, step, trainer.train_loader.steps_per_epoch))
         log_changes(run_dir, cfg, world, trainer.progress.step, trainer.telemetry)
         checkpoint.set_aside(refused)
         run_dir.write_config(cfg)
@@ -256,14 +254,20 @@ def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed
 
 
 def end(
-    trainer: Trainer, run_dir: RunDirectory, status: str, *, cause: str | None = None, may_write: bool = True
+    trainer: Trainer,
+    run_dir: RunDirectory,
+    status: str,
+    *,
+    cause: str | None = None,
+    may_write: bool = True,
+    refused: bool = False,
 ) -> dict[str, Any]:
     """Say how it ended, in status.json and everywhere else. may_write: whether the directory is still ours (rank 0)."""
     step = trainer.progress.step
     scores = {k: v for k, v in trainer.last_eval.items() if k.startswith("eval/")}
     if trainer.world.is_main and may_write:
         try:
-            run_dir.write_status(status, step=step, cause=cause, **scores)
+            run_dir.write_status(status, step=step, cause=cause, **({"refused": True} if refused else {}), **scores)
         except OSError as error:
             print(f"warning   {run_dir.status_file} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
         trainer.telemetry.log("stop", status=status, step=step, cause=cause, run_directory=str(run_dir.path))

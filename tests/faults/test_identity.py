@@ -73,6 +73,7 @@ def test_a_resume_with_another_recipe_is_refused_with_the_difference(
     assert difference in refused.output
     assert (train.output_dir / "run/config.yaml").read_text() == before
     assert refused.status["status"] == "failed", "a stale `preempted` would have it requeued for ever"
+    assert refused.status["refused"] is True
 
 
 def test_an_allowed_change_is_made_and_recorded_and_a_harmless_one_needs_no_word(train: Trainer) -> None:

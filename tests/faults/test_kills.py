@@ -101,7 +101,7 @@ def test_a_crash_loop_ends_after_three_starts_and_says_at_which_step(train: Trai
     stopped = train.run("run", ranks=1)
     assert stopped.code == 2
     assert stopped.status["status"] == "failed"
-    assert "no progress: the last 3 starts all began at step 5" in stopped.status["cause"]
+    assert "no progress over several starts: the last 3 all began at step 5" in stopped.status["cause"]
     assert "ended by a fault at step 7" in stopped.status["cause"] or "at step 6" in stopped.status["cause"]
     mended = train.run("run", ranks=1)  # whoever repeats the command by hand gets a fresh budget
     assert mended.code == 0
