@@ -164,8 +164,7 @@ class BatchNormAverager:
     """Keeps BatchNorm's running statistics equal on all ranks, and independent of how many ranks there are.
 
     A step's statistics are the mean over all micro-batches of the global batch, moved in with BatchNorm's momentum
-    once a
-    step. Over one micro-batch a rank this equals the published averaging before evaluation (the recurrence is linear in
+    once a step. Over one micro-batch a rank this equals the published averaging before evaluation (the recurrence is linear in
     its input), yet every checkpoint holds the one true state and the world size may change on resume.
     """
 

@@ -1,8 +1,7 @@
 """The run directory: named by the configuration, made by rank 0, told to the others. Owns config.yaml and status.json.
 
 runs/<run_name>/ holds config.yaml, metrics.jsonl, status.json, checkpoints/ and W&B's own folder. The same command
-finds
-the same directory and continues; nothing in the name comes from the clock.
+finds the same directory and continues; nothing in the name comes from the clock.
 """
 
 from __future__ import annotations

@@ -152,8 +152,7 @@ def _is_alive(owner: dict[str, Any]) -> bool:
 
 
 def _process_identity(pid: int) -> dict[str, Any]:
-    """What tells a process from all others of a host: boot, pid namespace and start time; empty values where
-    unknown."""
+    """What tells a process from all others of a host: boot, pid namespace, start time; None where unknown."""
     identity: dict[str, Any] = {"boot": None, "pid_namespace": None, "started": None}
     with contextlib.suppress(OSError):
         identity["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

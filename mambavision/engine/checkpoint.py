@@ -1,5 +1,4 @@
-"""Checkpoint files that can be believed: written to a temporary name, fsynced, checksummed, renamed; verified before
-use.
+"""Checkpoint files that can be believed: written to a temporary name, fsynced, checksummed, renamed; verified.
 
 A checkpoint is two files, checkpoints/step_00000120.pt (a dict: model, ema, optimizer, scaler, progress, ...) and
 step_00000120.pt.json (checksum, size, step, metrics). The newest valid one wins. When they are written, and which are
@@ -65,8 +64,7 @@ def verify(path: Path) -> str | None:
     record = read_sidecar(path)
     if record is None:
         return f"its checksum file {sidecar(path).name} is missing or unreadable"
-    # While a step is written anew (after a rollback) the sidecar is valid for the file that is there and the one to
-    # come.
+    # While a step is written anew (after a rollback) the sidecar holds for the file that is there and the one to come.
     versions = [v for v in (record, record.get("replaces")) if v]
     try:
         size = path.stat().st_size

@@ -23,8 +23,7 @@ _FINAL_ATTEMPTS = 3  # for a checkpoint that the run waits for
 
 
 class HostCopy:
-    """A copy of a nested state in host memory, made into the same buffers each time: the only part training waits
-    for."""
+    """A copy of a nested state in host memory, made into the same buffers each time: all that training waits for."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
@@ -223,8 +222,7 @@ def is_good(record: dict[str, Any]) -> bool:
 def first_not_finite(state: Any, name: str = "") -> str | None:
     """The first tensor in a nested state that holds inf or nan. Reads all of it: for the writer's thread."""
     if isinstance(state, torch.Tensor):
-        # A sum is finite unless a term is not (or 1e38 is exceeded, which is no weight either): no temporary of that
-        # size.
+        # A sum is finite unless a term is not (or 1e38 is exceeded, which is no weight either): no temporary needed.
         return (
             None if not state.is_floating_point() or torch.isfinite(state.sum(dtype=torch.float32)) else name.strip(".")
         )

@@ -3,8 +3,7 @@
     MAMBAVISION_FAULT="kill@25:1"                 rank 1 dies by SIGKILL before step 25
     MAMBAVISION_FAULT="nan@12-17:0,kill@20/rename"  several, over several steps, at another place of the code
 
-A fault is KIND@STEP[-LAST][:RANK][/PLACE]; step counts from 0 as progress.step does, without a rank every rank is
-meant.
+A fault is KIND@STEP[-LAST][:RANK][/PLACE]; step counts from 0 as progress.step does, without a rank all are meant.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What a run does about steps that are not finite, and about a model that has collapsed.
 
 The optimizer refuses a step with a gradient norm of inf or nan on the device; nobody waits for the verdict. The guard
-keeps count on the device, reads the count where the ranks agree anyway, and asks for a rollback when refusals do not
-end.
+keeps count on the device, reads the count where the ranks agree anyway, and asks for a rollback when they do not end.
 """
 
 from __future__ import annotations
@@ -120,8 +119,7 @@ class Guard:
         self.collapsed_logs = 0
 
     def collapsed(self, mean_loss: float, step: int) -> bool:
-        """Given the loss of each log interval that ends at `step`: whether the model has fallen back to a blind guess
-        and stays there."""
+        """The loss of each log interval, ending at `step`: whether the model is back at a blind guess for good."""
         margin = self.cfg.collapse_loss_margin
         if margin == 0 or not math.isfinite(mean_loss):
             return False

@@ -14,8 +14,7 @@ def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def mesa_loss(logits: Tensor, ema_logits: Tensor, temperature: float = 3.0) -> Tensor:
     """50 * KL(softmax(ema / T) || softmax(logits / T)), mean over the batch and without a T^2 factor, as published.
 
-    Source: Du et al. 2022, "Sharpness-Aware Training for Free" (MESA), with the constants of the published training
-    files.
+    Source: Du et al. 2022, "Sharpness-Aware Training for Free" (MESA), with the published constants.
     """
     log_p = F.log_softmax(logits.float() / temperature, dim=-1)
     log_q = F.log_softmax(ema_logits.float() / temperature, dim=-1)

@@ -1,5 +1,4 @@
-"""Which number format the forward pass computes in. The selective scan keeps its state in float32 whatever this
-says."""
+"""Which number format the forward pass computes in. The scan keeps its state in float32 whatever this says."""
 
 from __future__ import annotations
 

@@ -15,8 +15,7 @@ class TrainProgress:
         self.samples_seen += global_batch_size
 
     def move(self, before: dict[str, int], *, steps_per_epoch: int, batch: int) -> None:
-        """The same place in the data under another batch size: as many whole epochs, and no sample of this one
-        twice."""
+        """The same place in the data under another batch size: as many whole epochs, and no sample twice."""
         if before == {"global_batch_size": batch, "steps_per_epoch": steps_per_epoch}:
             return
         epochs, steps = divmod(self.step, before["steps_per_epoch"])

@@ -112,8 +112,7 @@ class Trainer:
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def fit(self) -> str:
-        """Train to the last step, or to the step at which all ranks have agreed to stop. Returns finished or
-        preempted."""
+        """Train to the last step, or until all ranks have agreed to stop. Returns finished or preempted."""
         if self.at_epoch_end and self.last_eval.get("step") != self.progress.step:
             self.finish_epoch()  # a run that was stopped before its evaluation makes up for it
         while self.progress.step < self.last_step:
@@ -165,9 +164,8 @@ class Trainer:
                 self.scaler.scale(loss).backward()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        # Equal on every rank, as the gradients are; optimizer and EMA refuse a step whose norm is not finite by
-        # themselves,
-        # on the device, so nothing here waits for it.
+        # Equal on every rank, as the gradients are. Where it is not finite, optimizer, EMA and BatchNorm refuse the
+        # step by themselves, on the device, so nothing here waits for it.
         grad_norm = global_grad_norm(self.raw_model.parameters())
         self.guard.observe(self.progress.step, self.meters.step_loss, grad_norm)
         self.batch_norm.finish_step(self.plan.accum_steps, grad_norm)
@@ -293,8 +291,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
 
     def save(self, *, wait: bool = False, again: bool = False) -> None:
-        """Rank 0 writes; with `wait` every rank returns only when the checkpoint is on disk. again: even if it is
-        already."""
+        """Rank 0 writes; with `wait` every rank returns only when the checkpoint is on disk. again: even if it is."""
         if self.checkpointer is not None:
             self.watchdog.beat(self.progress.step, "checkpoint")
             current = self.last_eval if self.last_eval.get("step") == self.progress.step else {}

@@ -1,5 +1,4 @@
-"""What a person sees: a progress bar on a terminal, lines elsewhere. Shows what the other sinks get, computes
-nothing."""
+"""What a person sees: a progress bar on a terminal, lines elsewhere. Shows what other sinks get, computes nothing."""
 
 from __future__ import annotations
 

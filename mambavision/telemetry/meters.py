@@ -39,8 +39,7 @@ class StepMeters:
         self.step_start, self.own_end = self._now(), None
 
     def add_loss(self, loss: Tensor) -> None:
-        """A micro-batch's share of the step's loss (already divided by the accumulation steps); called before its
-        backward."""
+        """A micro-batch's share of the step's loss (divided by the accumulation steps); called before its backward."""
         self.step_loss += loss.detach()
         self.own_end = self._now()
 

@@ -23,8 +23,7 @@ class Sink(Protocol):
 
 
 class Telemetry:
-    """Sends each event to every sink. On ranks other than 0 there are no sinks, so callers need not ask who they
-    are."""
+    """Sends each event to every sink. On ranks other than 0 there are no sinks, so callers need not ask."""
 
     def __init__(self, sinks: list[Sink]):
         self.sinks = sinks

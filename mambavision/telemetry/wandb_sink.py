@@ -1,5 +1,4 @@
-"""Weights & Biases as an observer that cannot hurt: its own thread, a bounded queue, offline without a key or a
-network.
+"""Weights & Biases as an observer that cannot hurt: its own thread, a bounded queue, offline without key or network.
 
 The run id lives in the run directory, so that a resumed run is the same W&B run; steps already sent are not sent again.
 """
