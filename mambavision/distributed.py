@@ -164,8 +164,8 @@ class BatchNormAverager:
     """Keeps BatchNorm's running statistics equal on all ranks, and independent of how many ranks there are.
 
     A step's statistics are the mean over all micro-batches of the global batch, moved in with BatchNorm's momentum
-    once a step. Over one micro-batch a rank this equals the published averaging before evaluation (the recurrence is linear in
-    its input), yet every checkpoint holds the one true state and the world size may change on resume.
+    once a step. Over one micro-batch a rank this equals the published averaging before evaluation (the recurrence is
+    linear in its input), yet every checkpoint holds the one true state and the world size may change on resume.
     """
 
     def __init__(self, model: nn.Module):
