@@ -21,7 +21,7 @@ class CorruptImages:
         self._epoch_samples = 0
 
     def start_epoch(self, samples: int) -> None:
-        """`samples` of this rank are about to be read; the budget starts anew."""
+        """The budget starts anew; a share of this rank's `samples` of a whole epoch, also after a resume."""
         self._in_epoch = set()
         self._epoch_samples = samples
 

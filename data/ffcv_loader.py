@@ -136,7 +136,7 @@ class FfcvTrainLoader(TrainLoader):
         if self._native:
             self._native.set_epoch(epoch)
         order = self.plan.rank_order(self.seed, epoch, first_step)
-        self.corrupt.start_epoch(len(order))
+        self.corrupt.start_epoch(self.plan.samples_per_rank)
         if not len(order):
             return
         iterator = self._iterator = GuardedIterator(

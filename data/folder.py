@@ -230,7 +230,7 @@ class FolderTrainLoader(TrainLoader):
         """This rank's micro-batches from `first_step` on."""
         size = resolution_at(epoch, self.data.image_size, self.data.progressive_resolution)
         order = self.plan.rank_order(self.seed, epoch, first_step)
-        self.corrupt.start_epoch(len(order))
+        self.corrupt.start_epoch(self.plan.samples_per_rank)
         made_batches = self.workers.run(
             order.reshape(-1, self.plan.micro_batch_size),
             self.corrupt,

@@ -70,6 +70,11 @@ class EpochPlan:
         """Of this rank: its accumulation steps."""
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
+    @property
+    def samples_per_rank(self) -> int:
+        """Of a whole epoch."""
+        return self.steps_per_epoch * self.global_batch_size // self.world_size
+
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Sample of each position of the epoch over all ranks, (steps_per_epoch * global_batch_size,) int64."""
         images = epoch_order(self.num_samples, seed, epoch)

@@ -191,6 +191,17 @@ def test_too_many_unreadable_images_and_the_stop_policy_end_the_run(broken_folde
         loader.close()
 
 
+def test_resuming_late_in_an_epoch_does_not_shrink_the_budget(broken_folder):
+    """The budget is a share of the epoch, not of what is left of it."""
+    data = DataConfig(source="folder", path=str(broken_folder), image_size=32, num_workers=1, max_corrupt_fraction=0.05)
+    loader = build_train_loader(data, AugmentConfig(), seed=0, global_batch_size=3, micro_batch_size=3)
+    broken = next(i for i, name in enumerate(loader.workers.source.names) if name.endswith("0007.jpg"))
+    step = loader.plan.order(0, 0).tolist().index(broken) // 3
+    batches = sum(1 for _ in loader.epoch(0, first_step=step))
+    loader.close()
+    assert batches == 10 - step and loader.corrupt.count == 1
+
+
 def test_evaluation_leaves_an_unreadable_image_out(broken_folder, caplog):
     data = DataConfig(source="folder", path=str(broken_folder), image_size=32, num_workers=1, max_corrupt_fraction=0.2)
     loader = build_eval_loader(data, batch_size=4)
