@@ -11,7 +11,11 @@ Settings are written group=choice or key=value; conf/ holds the groups, mambavis
 
 from __future__ import annotations
 
+import os
 import sys
+
+# Threads that wait for each other give the core up soon: loader threads and other ranks want it. Read by libgomp once.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

@@ -63,7 +63,18 @@ def _plain(composed: DictConfig) -> dict:
 
 
 # Hydra's own flags that are followed by a word which is not a setting.
-_FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+_FLAGS_WITH_VALUE = {
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+}
 
 
 def check_command_line(arguments: list[str], cls: type) -> list[str]:
@@ -85,7 +96,9 @@ def check_overrides(overrides: list[str], cls: type) -> list[str]:
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
-        raise ConfigError(f"cannot read the command line: {error}; settings are written key=value, e.g. optimizer.lr=0.005") from error
+        raise ConfigError(
+            f"cannot read the command line: {error}; settings are written key=value, e.g. optimizer.lr=0.005"
+        ) from error
     for override in parsed:
         _check_override(override, cls)
     return overrides

@@ -29,7 +29,7 @@ class DataConfig:
     path: str | None = None  # directory with train.beton and val.beton, or with train/ and val/
     image_size: int = 224  # side of the square the model sees, px
     num_classes: int | None = None  # None: read from the data set; synthetic data needs it
-    num_workers: int | None = None  # decoder threads (ffcv) or processes (folder) of each rank; None: cores / local ranks
+    num_workers: int | None = None  # decoder threads (ffcv) or processes (folder) a rank; None: cores / local ranks
     crop_pct: float = 1.0  # evaluation: the centre crop is this share of the resized image
     crop_mode: str = "center"  # center: resize the short side, then crop | squash: resize both sides, no crop
     eval_interpolation: str = "bicubic"  # bicubic | bilinear
@@ -57,7 +57,7 @@ class AugmentConfig:
     pad_crop: int = 0  # with random_crop False: zero-pad by this many px, then crop at random (small images)
     hflip: float = 0.5  # probability of a horizontal flip
     auto_augment: str = "rand-m9-mstd0.5-inc1"  # timm's notation; trivial | three | none
-    color_jitter: float = 0.0  # strength of brightness, contrast, saturation; used only without auto_augment
+    color_jitter: float = 0.0  # strength of brightness, contrast, saturation; used only without auto_augment or with three
     erasing_prob: float = 0.25  # probability of erasing one rectangle with pixel noise
     mixup: float = 0.8  # alpha of mixup, 0 turns it off
     cutmix: float = 1.0  # alpha of cutmix, 0 turns it off
@@ -85,7 +85,7 @@ class ScheduleConfig:
     warmup_epochs: float = 20.0  # linear from warmup_lr to lr
     warmup_lr: float = 1e-6
     min_lr: float = 5e-6  # where the cosine ends
-    warmup_prefix: bool = False  # False, as published: the warm-up replaces the cosine's first steps | True: precedes it
+    warmup_prefix: bool = False  # False, as published: the warm-up replaces the cosine's start | True: precedes it
     cooldown_epochs: int = 0  # epochs at min_lr after trainer.epochs
 
 

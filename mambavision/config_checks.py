@@ -34,7 +34,9 @@ def to_config(cls: type[T], values: dict[str, Any], path: str = "") -> T:
 def _convert(value: Any, hint: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise ConfigError(f"{key} is a group of settings and cannot be {value!r}; set one of its keys: {key}.<name>=...")
+            raise ConfigError(
+                f"{key} is a group of settings and cannot be {value!r}; set one of its keys: {key}.<name>=..."
+            )
         return to_config(hint, value, f"{key}.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -46,7 +48,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             raise ConfigError(f"{key} takes a list, not {value!r}: type {key}=[...]")
         items = tuple(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
         if args[-1] is not Ellipsis and len(items) != len(args):
-            raise ConfigError(f"{key} takes {len(args)} numbers, not {len(items)}: type {key}=[{','.join(['...'] * len(args))}]")
+            raise ConfigError(
+                f"{key} takes {len(args)} numbers, not {len(items)}: type {key}=[{','.join(['...'] * len(args))}]"
+            )
         return items
     if origin is dict or hint is Any:
         return value
@@ -93,7 +97,9 @@ def unknown_key_advice(key: str, cls: type = TrainConfig) -> str:
         return f"there is no setting {key!r}; did you mean {' or '.join(near)}?"
     group = key.rsplit(".", 1)[0] if "." in key else ""
     siblings = [k for k in keys if k.rsplit(".", 1)[0] == group] if group else [k for k in keys if "." not in k]
-    return f"there is no setting {key!r}; known here: {', '.join(siblings) or ', '.join(k for k in keys if '.' not in k)}"
+    return (
+        f"there is no setting {key!r}; known here: {', '.join(siblings) or ', '.join(k for k in keys if '.' not in k)}"
+    )
 
 
 CHOICES = {
@@ -188,14 +194,18 @@ def check_combinations(cfg: TrainConfig) -> None:
     if cfg.data.source == "synthetic" and not cfg.data.num_classes:
         raise ConfigError("data=synthetic needs data.num_classes, for instance data.num_classes=10")
     if t.mesa.weight > 0 and t.ema_decay == 0:
-        raise ConfigError("trainer.mesa distils from the EMA model, which trainer.ema_decay=0 turns off; set trainer.ema_decay=0.9998")
+        raise ConfigError(
+            "trainer.mesa distils from the EMA model, which trainer.ema_decay=0 turns off; set trainer.ema_decay=0.9998"
+        )
     if cfg.schedule.warmup_epochs > t.epochs:
         raise ConfigError(
             f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} is longer than trainer.epochs={t.epochs}: no step would reach "
             f"optimizer.lr; type for instance schedule.warmup_epochs={max(t.epochs // 10, 0)}"
         )
     if cfg.schedule.min_lr > cfg.optimizer.lr:
-        raise ConfigError(f"schedule.min_lr={cfg.schedule.min_lr:g} is above optimizer.lr={cfg.optimizer.lr:g}; lower min_lr")
+        raise ConfigError(
+            f"schedule.min_lr={cfg.schedule.min_lr:g} is above optimizer.lr={cfg.optimizer.lr:g}; lower min_lr"
+        )
     if (a.mixup > 0 or a.cutmix > 0) and t.micro_batch_size % 2:
         raise ConfigError(
             f"mixup and cutmix pair the images of a micro-batch, so trainer.micro_batch_size={t.micro_batch_size} must be even; "
@@ -209,7 +219,9 @@ def check_combinations(cfg: TrainConfig) -> None:
         import os
 
         if not os.path.exists(cfg.model.checkpoint):
-            raise ConfigError(f"model.checkpoint={cfg.model.checkpoint} does not exist; give the path of a .pt or .pth.tar file")
+            raise ConfigError(
+                f"model.checkpoint={cfg.model.checkpoint} does not exist; give the path of a .pt or .pth.tar file"
+            )
 
 
 def check(cfg: TrainConfig) -> TrainConfig:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.variants import EvalSet
 from mambavision.distributed import World, sum_over_ranks
-from mambavision.engine.losses import top_k_correct
 
 
 @torch.no_grad()
@@ -26,34 +26,37 @@ def evaluate(
 
     models: prefix -> model, for instance {"": model, "ema_": ema.module}; the keys returned are "<prefix>top1", ...
     prepare: uint8 images (B, 3, H, W) on the device -> what the models take.
+    A loader with an `eval_set` has its answers counted by that set's rules (data/variants.py).
     """
     was_training = {prefix: model.training for prefix, model in models.items()}
     for model in models.values():
         model.eval()
-    # One row a model: right among 1, right among 5, loss; float64 holds counts exactly.
-    sums = torch.zeros(len(models), 3, dtype=torch.float64, device=world.device)
-    count = 0
+    eval_set = getattr(batches, "eval_set", None) or EvalSet("val")  # how answers are counted: classes, groups, labels
+    shape = (len(models), len(eval_set.groups), 3)
+    counts = torch.zeros(shape, dtype=torch.float64, device=world.device)  # exact up to 2^53
+    losses = torch.zeros(len(models), dtype=torch.float64, device=world.device)
+    images_seen = 0
     start = time.perf_counter()
     for batch in batches:
         batch = batch.to(world.device)
         images = prepare(batch.images)
-        for row, model in zip(sums, models.values()):
+        for row, model in enumerate(models.values()):
             with autocast():
                 logits = model(images)
             logits = logits.float()
-            top1, top5 = top_k_correct(logits, batch.targets)
-            row += torch.stack([top1, top5, F.cross_entropy(logits, batch.targets, reduction="sum")]).to(row.dtype)
-        count += len(batch.targets)
-    totals = sum_over_ranks(torch.cat([sums.flatten().cpu(), torch.tensor([count], dtype=torch.float64)]))
+            counts[row] += eval_set.count(logits, batch.targets, batch.indices)
+            losses[row] += F.cross_entropy(logits, batch.targets, reduction="sum")
+        images_seen += len(batch.targets)
+    seen = torch.tensor([images_seen], dtype=torch.float64)
+    totals = sum_over_ranks(torch.cat([counts.flatten().cpu(), losses.cpu(), seen]))
     seconds = time.perf_counter() - start
     for prefix, model in models.items():
         model.train(was_training[prefix])
     total = totals[-1].item()
     result: dict[str, float] = {}
-    for prefix, (top1, top5, loss) in zip(models, totals[:-1].view(-1, 3).tolist()):
-        result |= {
-            f"{prefix}top1": 100 * top1 / total,
-            f"{prefix}top5": 100 * top5 / total,
-            f"{prefix}loss": loss / total,
-        }
-    return {**result, "images": int(total), "img_per_sec": total / seconds}
+    for row, prefix in enumerate(models):
+        metrics = eval_set.metrics(totals[: counts.numel()].view(shape)[row])
+        images = metrics.pop("images")
+        loss = totals[counts.numel() + row].item() / max(total, 1)
+        result |= {f"{prefix}{key}": value for key, value in {**metrics, "loss": loss}.items()}
+    return {**result, "images": images, "img_per_sec": total / seconds}

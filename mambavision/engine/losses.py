@@ -19,10 +19,3 @@ def mesa_loss(logits: Tensor, ema_logits: Tensor, temperature: float = 3.0) -> T
     log_p = F.log_softmax(logits.float() / temperature, dim=-1)
     log_q = F.log_softmax(ema_logits.float() / temperature, dim=-1)
     return 50.0 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
-
-
-def top_k_correct(logits: Tensor, targets: Tensor, ks: tuple[int, ...] = (1, 5)) -> list[Tensor]:
-    """How many of the batch have their target among the k largest logits, one 0-dim tensor for each k."""
-    top = logits.topk(min(max(ks), logits.shape[-1]), dim=-1).indices  # (B, max k)
-    hits = top.eq(targets[:, None])
-    return [hits[:, :k].any(dim=-1).sum() for k in ks]

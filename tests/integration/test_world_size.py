@@ -34,7 +34,8 @@ def two_ranks_and_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
 
 def test_loss_of_two_ranks_equals_that_of_one_with_accumulation(two_ranks_and_one: tuple[Path, Path]):
     two, one = (
-        [e["train/loss"] for e in read_events(run / "metrics.jsonl") if e["event"] == "train"] for run in two_ranks_and_one
+        [e["train/loss"] for e in read_events(run / "metrics.jsonl") if e["event"] == "train"]
+        for run in two_ranks_and_one
     )
     assert len(two) == len(one) == 20
     assert two == pytest.approx(one, rel=1e-4)

@@ -101,7 +101,11 @@ def test_published_global_batch_is_kept_at_any_world_size(world: int, accum: int
 
 
 def test_batch_that_does_not_divide_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"global_batch_size=100 .* on 3 ranks; nearest: trainer.global_batch_size=384"):
+    with pytest.raises(
+        ConfigError, match=r"global_batch_size=100 .* on 3 ranks; nearest: trainer.global_batch_size=384"
+    ):
         batch_plan(100, 128, 3)
-    with pytest.raises(ConfigError, match=r"nearest: trainer.global_batch_size=96, or keep it with trainer.micro_batch_size=10"):
+    with pytest.raises(
+        ConfigError, match=r"nearest: trainer.global_batch_size=96, or keep it with trainer.micro_batch_size=10"
+    ):
         batch_plan(100, 16, 2)

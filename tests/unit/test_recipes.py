@@ -35,11 +35,20 @@ def test_paper_and_published_recipes(variant: str):
         assert (o.clip_grad, o.lamb_max_grad_norm) == (5.0, 1.0)
         s = cfg.schedule
         assert (s.warmup_epochs, s.warmup_lr, s.min_lr) == (warmup, 1e-6, 5e-6)
-        assert (a.crop_scale, a.interpolation, a.hflip, a.auto_augment) == ((0.08, 1.0), "random", 0.5, "rand-m9-mstd0.5-inc1")
+        assert (a.crop_scale, a.interpolation, a.hflip, a.auto_augment) == (
+            (0.08, 1.0),
+            "random",
+            0.5,
+            "rand-m9-mstd0.5-inc1",
+        )
         assert a.crop_ratio == pytest.approx((3 / 4, 4 / 3), abs=0)
         assert (a.erasing_prob, a.mixup, a.cutmix, a.mixup_switch_prob, a.label_smoothing) == (0.25, 0.8, 1.0, 0.5, 0.1)
         assert a.color_jitter == 0.0
-        assert (cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size, cfg.trainer.ema_decay) == (4096, 128, 0.9998)
+        assert (cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size, cfg.trainer.ema_decay) == (
+            4096,
+            128,
+            0.9998,
+        )
         assert (cfg.data.image_size, cfg.data.crop_pct, cfg.data.eval_interpolation) == (224, crop_pct, "bicubic")
     assert (paper.trainer.epochs, paper.schedule.cooldown_epochs, paper.trainer.mesa.weight) == (300, 0, 0.0)
     assert (published.trainer.epochs, published.schedule.cooldown_epochs) == (310, 10)
