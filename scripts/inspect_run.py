@@ -93,7 +93,7 @@ def _wandb(directory: Path) -> dict[str, Any] | None:
     if not id_file.exists():
         return None
     offline = [p for p in sorted((directory / "wandb").glob("offline-run-*")) if not list(p.glob("*.synced"))]
-    sync = f"wandb sync --append {' '.join(map(str, offline))}" if offline else None
+    sync = f"wandb sync {' '.join(map(str, offline))}" if offline else None
     return {"id": id_file.read_text().strip(), "sync": sync}
 
 

@@ -47,7 +47,7 @@ def test_a_requeued_run_is_one_wandb_run_and_its_offline_part_is_synced_into_it(
         done = train(tmp_path, *settings, "trainer.max_steps=60", WANDB_MODE="offline", WANDB_API_KEY="")
         assert done.returncode == 0, done.stderr
         (part,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-        wandb = [str(Path(sys.executable).with_name("wandb")), "sync", "--append", str(part)]
+        wandb = [str(Path(sys.executable).with_name("wandb")), "sync", str(part)]
         synced = subprocess.run(
             wandb, env={**os.environ, **server.environment}, capture_output=True, text=True, timeout=120
         )
