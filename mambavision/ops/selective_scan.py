@@ -85,7 +85,11 @@ def selective_scan_tokens(
     projection need no copy.
     """
     _check_shapes(u, delta, A, B, C, D, delta_bias)
-    scan = _load(choose_backend(u.device.type, u.dtype, backend, (*u.shape, A.shape[1])))
+    shape = None
+    if u.device.type == "cuda" and _must_measure():
+        # int() gives up dynamic shapes under torch.compile, which is why it happens only where the choice needs them.
+        shape = (int(u.shape[0]), int(u.shape[1]), int(u.shape[2]), int(A.shape[1]))
+    scan = _load(choose_backend(u.device.type, u.dtype, backend, shape))
     return scan(u, delta, A, B, C, D, delta_bias)
 
 
@@ -132,6 +136,11 @@ def choose_backend(
     if asked == "triton" and "triton" not in _installed():
         raise RuntimeError("scan backend 'triton' needs the package: pip install triton; or use scan_backend=mamba_ssm")
     return asked
+
+
+@torch.compiler.assume_constant_result
+def _must_measure() -> bool:
+    return len(_installed()) > 1
 
 
 def _automatic(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int] | None) -> str:
