@@ -1,0 +1,68 @@
+"""eval.py scores what it is given: a run by its best checkpoint, a file by itself, a published file by its shape."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambavision import create_model
+from mambavision.compose import compose_eval_config, compose_train_config
+from mambavision.engine.score import implied_overrides, score
+from mambavision.engine.session import run
+from tests.integration.test_experiments import SHRUNK
+
+
+def evaluate(*given: str) -> dict:
+    return score(compose_eval_config([*implied_overrides(list(given)), *given]))
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("runs")
+    overrides = ["model=mambavision_nano", *SHRUNK, "trainer.ema_decay=0.5", f"output_dir={output}", "run_name=x"]
+    return output / "x", run(compose_train_config([*overrides, "data.synthetic_eval_samples=37", "trainer.precision=fp32"]))
+
+
+def test_a_run_directory_gives_the_scores_its_training_logged(finished_run: tuple[Path, dict]):
+    directory, status = finished_run
+    result = evaluate(f"checkpoint={directory}", "precision=fp32", "batch_size=5")
+    assert result["images"] == 37
+    for key in ("top1", "top5", "ema_top1", "ema_top5"):
+        assert result[key] == status[f"eval/{key}"], key
+    assert result["loss"] == pytest.approx(status["eval/loss"], rel=1e-4)
+
+
+def test_the_json_file_says_what_was_scored(finished_run: tuple[Path, dict], tmp_path: Path):
+    directory, _ = finished_run
+    result = evaluate(f"checkpoint={directory}", f"out={tmp_path / 'scores.json'}")
+    assert json.loads((tmp_path / "scores.json").read_text()) == json.loads(json.dumps(result))
+    assert result["checkpoint"].endswith("step_00000002.pt")
+
+
+def test_a_published_file_is_recognised_by_its_shape(tmp_path: Path):
+    model = create_model("mambavision_t", num_classes=10)
+    state = {f"module.{k}": v for k, v in model.state_dict().items()}
+    path = tmp_path / "published.pth.tar"
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=0.005)}, path)
+    given = [f"checkpoint={path}", "data=synthetic", "data.num_classes=10", "data.image_size=32"]
+    assert implied_overrides(given) == ["model=mambavision_t"]
+    result = evaluate(*given, "data.synthetic_eval_samples=3")
+    assert result["images"] == 3
+    assert "ema_top1" not in result
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ([], r"type checkpoint=PATH"),
+        (["checkpoint=/no/such/file.pt"], r"'/no/such/file.pt' does not exist"),
+        (["checkpoint=."], r"is a directory without checkpoints"),
+    ],
+)
+def test_a_missing_checkpoint_is_answered_with_what_to_type(given: list[str], advice: str):
+    with pytest.raises(ValueError, match=advice):
+        implied_overrides(given)
