@@ -28,6 +28,7 @@ class RunLock:
         self.heartbeat_seconds = heartbeat_seconds
         self.token = uuid.uuid4().hex
         self.held = False
+        self.lost_to: str | None = None
 
     def acquire(self) -> str | None:
         """Take the lock. Returns whom it was taken over from, None if nobody.
@@ -121,16 +122,13 @@ class RunLock:
             os.utime(self.path)
 
     def check(self) -> None:
-        """Raises LockLost if the lock is not ours any more; an unreadable one is given the benefit of the doubt."""
-        if not self.held:
-            return
-        owner = self._read()
+        """Raises LockLost, from then on always, if the lock is another's; an unreadable one is believed ours."""
+        owner = self._read() if self.held else None
         if owner is not None and owner["token"] != self.token:
             self.held = False
-            raise LockLost(
-                f"{self.path.parent} was taken over by pid {owner['pid']} on {owner['host']}; this process stops "
-                "writing"
-            )
+            self.lost_to = f"pid {owner['pid']} on {owner['host']}"
+        if self.lost_to is not None:
+            raise LockLost(f"{self.path.parent} was taken over by {self.lost_to}; this process stops writing")
 
     def release(self) -> None:
         owner = self._read()

@@ -146,6 +146,7 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over this rank's micro-batches of the global batch."""
+        self.watchdog.beat(self.progress.step, "step")
         self.meters.begin_step()
         self.batch_norm.begin_step()
         faults.at("step", self.progress.step)
@@ -292,8 +293,8 @@ class Trainer:
 
     def save(self, *, wait: bool = False, again: bool = False) -> None:
         """Rank 0 writes; with `wait` every rank returns only when the checkpoint is on disk. again: even if it is."""
+        self.watchdog.beat(self.progress.step, "checkpoint")
         if self.checkpointer is not None:
-            self.watchdog.beat(self.progress.step, "checkpoint")
             current = self.last_eval if self.last_eval.get("step") == self.progress.step else {}
             record = {
                 "samples_seen": self.progress.samples_seen,

@@ -75,8 +75,9 @@ def test_an_owner_whose_lock_was_taken_learns_it_at_its_next_heartbeat(tmp_path:
     owner.refresh()
     record = json.loads(owner.path.read_text())
     owner.path.write_text(json.dumps(record | {"token": "other", "host": "elsewhere", "pid": 9}))
-    with pytest.raises(LockLost, match="taken over by pid 9 on elsewhere"):
-        owner.refresh()
+    for _ in range(2):  # whoever asks, the checkpoint's writer or the watchdog, and however often
+        with pytest.raises(LockLost, match="taken over by pid 9 on elsewhere"):
+            owner.refresh()
     owner.release()
     assert owner.path.exists(), "it is not ours to remove"
 
