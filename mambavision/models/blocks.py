@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambavision.ops.gelu import gelu
+
 
 class ConvBlock(nn.Module):
     """x + dp(gamma * BN(conv(GELU(BN(conv(x)))))), stages 1 and 2."""
@@ -22,7 +24,7 @@ class ConvBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
-        branch = F.gelu(conv_batch_norm(self.conv1, self.norm1, x), approximate="tanh")
+        branch = gelu(conv_batch_norm(self.conv1, self.norm1, x), approximate="tanh")
         branch = conv_batch_norm(self.conv2, self.norm2, branch)
         gamma = None if self.gamma is None else self.gamma.view(-1, 1, 1)
         return add_branch(x, branch, gamma, self.drop_path if self.training else 0.0)
@@ -61,7 +63,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens)))
+        return self.fc2(gelu(self.fc1(tokens)))
 
 
 class TokenBlock(nn.Module):

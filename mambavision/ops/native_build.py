@@ -43,6 +43,8 @@ SOURCES = (
     Source("optimizer_kernel.cpp", per_isa=True),
     Source("depthwise_conv.cpp"),
     Source("depthwise_conv_kernel.cpp", per_isa=True),
+    Source("gelu.cpp"),
+    Source("gelu_kernel.cpp", per_isa=True),
 )
 
 # No -march=native: it would put the build machine's instructions into inline functions that nothing guards.
