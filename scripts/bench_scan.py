@@ -3,20 +3,23 @@
     python scripts/bench_scan.py [--device cpu|cuda] [--dtypes float32,bfloat16] [--rounds 9] [--json FILE]
 
 All backends take turns within a round, so that whatever else the machine does hits them alike; figures are medians over
-the rounds, the spread is the interquartile range. The bound is measured in the same run: the larger of bytes moved over
-copy bandwidth and exponentials over the rate of the kernel's own exponential (CPU only; on CUDA the bytes alone).
+the rounds, the spread is the interquartile range. The bound is measured in the same run: the larger of a copy that moves
+as many bytes, taking its turn too (caches as cold as the scan finds them), and of the exponentials over the rate of the
+kernel's own exponential (CPU only; on CUDA the bytes alone).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -33,6 +36,8 @@ SHAPES = {  # tokens, channels of the scan: half the mixer's width
     "B stage 4": (49, 512),
 }
 MODES = ("forward", "backward", "forward_backward")
+# Keeps freed memory in the process instead of faulting it in again at every call, for all backends alike, as long runs do.
+MALLOC_TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 TILE_TOKENS = 16
 
 
@@ -61,12 +66,15 @@ class Machine:
     threads: int
     torch: str
     instruction_set: str
-    copy_gb_per_s: float
     exponentials_g_per_s: float | None
 
 
 def main() -> None:
     arguments = parse_arguments()
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:  # the C library reads it at start only
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": MALLOC_TUNABLES})
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     machine = measure_machine(arguments.device)
     print(json.dumps(asdict(machine)))
     rows: list[Row] = []
@@ -92,6 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9, help="at least 5")
+    parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -103,15 +112,27 @@ def bench_shape(
     dy = torch.randn(arguments.batch, tokens, channels, device=arguments.device).to(dtype)
     names = backends(arguments.device)
     times = {(name, mode): [] for name in names for mode in MODES}
+    moved = {mode: bytes_moved(mode, arguments.batch, tokens, channels, dtype) for mode in ("forward", "backward")}
+    sources = {mode: torch.ones(count // 8, device=arguments.device) for mode, count in moved.items()}
+    destinations = {mode: torch.empty_like(source) for mode, source in sources.items()}
+    copies: dict[str, list[float]] = {mode: [] for mode in moved}
     for round_index in range(arguments.rounds + 2):  # the first two warm up
         for name in names:
             for mode, milliseconds in run_once(name, inputs, dy).items():
                 if round_index >= 2:
                     times[name, mode].append(milliseconds)
+            if name == "reference":
+                for mode, source in sources.items():
+                    copies[mode].append(milliseconds_of(partial(destinations[mode].copy_, source), source.device))
+    bounds = {
+        mode: max(statistics.median(copies[mode][2:]), exponential_ms(machine, arguments.batch * tokens * channels))
+        for mode in moved
+    }
+    bounds["forward_backward"] = bounds["forward"] + bounds["backward"]
     rows = []
     for (name, mode), samples in times.items():
         median, (low, _, high) = statistics.median(samples), statistics.quantiles(samples, n=4)
-        bound = bound_ms(machine, mode, arguments.batch, tokens, channels, dtype)
+        bound = bounds[mode]
         reference = statistics.median(times["reference", mode])
         figures = (median, high - low, len(samples), reference / median, bound, median / bound)
         text = str(dtype).removeprefix("torch.")
@@ -151,20 +172,18 @@ def backends(device: str) -> list[str]:
     return names
 
 
-def bound_ms(machine: Machine, mode: str, batch: int, tokens: int, channels: int, dtype: torch.dtype) -> float:
-    """The least time the measured machine needs for the bytes and exponentials of a scan, in milliseconds."""
-    if mode == "forward_backward":
-        return sum(bound_ms(machine, part, batch, tokens, channels, dtype) for part in ("forward", "backward"))
-    size, elements = dtype.itemsize, batch * tokens * channels
-    per_token = 2 * batch * tokens * STATES * size  # B and C, or their gradients
-    if mode == "forward":
-        moved = 3 * elements * size + per_token
-    else:  # reads u, delta, dy and the states kept; writes du, ddelta
-        moved = 5 * elements * size + 2 * per_token + elements * STATES * 4 // TILE_TOKENS
-    seconds = moved / (machine.copy_gb_per_s * 1e9)
-    if machine.exponentials_g_per_s:  # one for each decay, one for the softplus
-        seconds = max(seconds, elements * (STATES + 1) / (machine.exponentials_g_per_s * 1e9))
-    return seconds * 1e3
+def bytes_moved(mode: str, batch: int, tokens: int, channels: int, dtype: torch.dtype) -> int:
+    """What a scan must at least read and write."""
+    elements, states = batch * tokens * channels, batch * tokens * STATES  # of u; of B
+    if mode == "forward":  # reads u, delta, B, C; writes y
+        return (3 * elements + 2 * states) * dtype.itemsize
+    # Reads u, delta, dy, B, C and the states kept; writes du, ddelta, dB, dC.
+    return (5 * elements + 4 * states) * dtype.itemsize + elements * STATES * 4 // TILE_TOKENS
+
+
+def exponential_ms(machine: Machine, elements: int) -> float:
+    """Time of the exponentials alone: one for each decay and one for the softplus; 0 where their rate is not known."""
+    return elements * (STATES + 1) / machine.exponentials_g_per_s / 1e6 if machine.exponentials_g_per_s else 0.0
 
 
 def measure_machine(device: str) -> Machine:
@@ -181,7 +200,6 @@ def measure_machine(device: str) -> Machine:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         instruction_set=native.native_isa() if native else "",
-        copy_gb_per_s=measure_copy(device),
         exponentials_g_per_s=rate,
     )
 
@@ -190,14 +208,6 @@ def processor_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def measure_copy(device: str) -> float:
-    """GB read and written per second by a copy of 8 MB, about the size of the tensors here, destination allocated."""
-    source = torch.ones(2_000_000, device=device)
-    destination = torch.empty_like(source)
-    times = [milliseconds_of(lambda: destination.copy_(source), source.device) for _ in range(50)]
-    return 2 * source.numel() * 4 / statistics.median(times) / 1e6
 
 
 def milliseconds_of(work: Callable[[], object], device: torch.device) -> float:

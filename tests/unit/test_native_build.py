@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,12 @@ def test_processes_starting_at_once_share_one_build(tmp_path):
     assert [process.communicate()[0].split() for process in starts] == [[b"True", b"True"]] * 3
     assert len(list(tmp_path.rglob("*.so"))) == 1
     assert not list(tmp_path.rglob("build-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for aarch64 here")
+@pytest.mark.parametrize("source", [source.name for source in native_build.SOURCES if source.per_isa])
+def test_kernels_compile_for_arm(source, tmp_path):
+    command = ["aarch64-linux-gnu-g++", *native_build.COMPILE_FLAGS, "-DNATIVE_ISA=baseline", "-c"]
+    path = str(native_build.SOURCE_DIRECTORY / source)
+    subprocess.run([*command, path, "-o", str(tmp_path / "kernel.o")], check=True)

@@ -72,8 +72,8 @@ struct PaddedParameters {
       for (int64_t n = 0; n < A.size(1); n++) {
         const float scaled = from[d * A.size(1) + n] * 1.44269504f;
         values[n * channels + d] = scaled;
-        largest = std::fabs(scaled) <= largest ? largest : std::fabs(scaled);  // a NaN counts as largest
-        if (std::isnan(largest)) break;
+        const float magnitude = std::fabs(scaled);
+        if (!std::isnan(largest) && !(magnitude <= largest)) largest = magnitude;  // a NaN counts as the largest
       }
       values[states * channels + d] = largest;
     }

@@ -47,6 +47,18 @@ INLINE T* row(const Rows& rows, int64_t batch, int64_t token) {
   return (T*)rows.data + batch * rows.batch_stride + token * rows.token_stride;
 }
 
+// Rows that the next tile will need, fetched token by token while this one computes: all at once they would wait for each
+// other. The hardware's prefetcher does not follow the strides of a tile.
+template <int kRows>
+struct Ahead {
+  const char* rows[kRows];
+  int64_t bytes_per_token[kRows];
+
+  __attribute__((always_inline)) void fetch(int token) const {
+    for (int i = 0; i < kRows; i++) prefetch(rows[i] + token * bytes_per_token[i]);
+  }
+};
+
 template <class T>
 void stage_states(const ScanProblem& p, int64_t batch, Tile tile, float* BC) {
   for (int t = 0; t < tile.tokens; t++, BC += 2 * p.padded_states) {
@@ -78,11 +90,12 @@ INLINE Vec decay(Vec dt, Vec A_log2e) {
 // Advances kForwardGroup states over a tile and adds their part of the output.
 template <bool kBounded>
 INLINE void advance(int tokens, int64_t states, int64_t channels, const Vec* dt, const Vec* x, const float* BC,
-                    const float* A_log2e, Vec* state, Vec* y) {
+                    const float* A_log2e, Vec* state, Vec* y, const Ahead<3>& ahead) {
   Vec A[kForwardGroup], h[kForwardGroup];
   for (int n = 0; n < kForwardGroup; n++) A[n] = load(A_log2e + n * channels), h[n] = state[n];
   for (int t = 0; t < tokens; t++, BC += 2 * states) {
     Vec sum = y[t];
+    ahead.fetch(t);
 #pragma GCC unroll 8
     for (int n = 0; n < kForwardGroup; n++) {
       h[n] = decay<kBounded>(dt[t], A[n]) * h[n] + x[t] * BC[n];
@@ -105,9 +118,6 @@ void forward_block(const ScanProblem& p, int64_t batch, int64_t tile_index, Tile
   const T *u_row = row<T>(p.u, batch, tile.first) + channel, *delta_row = row<T>(p.delta, batch, tile.first) + channel;
   T* y_row = row<T>(p.y, batch, tile.first) + channel;
   for (int t = 0; t < tile.tokens; t++) {
-    prefetch(u_row + (t + tile.tokens) * p.u.token_stride);
-    prefetch(delta_row + (t + tile.tokens) * p.delta.token_stride);
-    prefetch_to_write(y_row + (t + tile.tokens) * p.y.token_stride);
     const Vec u = load(u_row + t * p.u.token_stride, live);
     const Vec raw = load(delta_row + t * p.delta.token_stride, live) + bias;
     dt[t] = softplus(raw, exp_minus_magnitude(raw));
@@ -116,12 +126,17 @@ void forward_block(const ScanProblem& p, int64_t batch, int64_t tile_index, Tile
     largest_dt = dt[t] <= largest_dt ? largest_dt : dt[t];  // takes a NaN, so that decays_bounded sees it
   }
   const bool bounded = decays_bounded(p, channel, largest_dt);
+  const int64_t size = sizeof(T);
+  const Ahead<3> ahead = {{(const char*)(u_row + tile.tokens * p.u.token_stride),
+                           (const char*)(delta_row + tile.tokens * p.delta.token_stride),
+                           (const char*)(y_row + tile.tokens * p.y.token_stride)},
+                          {p.u.token_stride * size, p.delta.token_stride * size, p.y.token_stride * size}};
   for (int64_t n = 0; n < N; n += kForwardGroup) {
     const float* A = p.A_log2e + n * p.padded_channels + channel;
     if (bounded)
-      advance<true>(tile.tokens, N, p.padded_channels, dt, x, BC + n, A, state + n, y);
+      advance<true>(tile.tokens, N, p.padded_channels, dt, x, BC + n, A, state + n, y, ahead);
     else
-      advance<false>(tile.tokens, N, p.padded_channels, dt, x, BC + n, A, state + n, y);
+      advance<false>(tile.tokens, N, p.padded_channels, dt, x, BC + n, A, state + n, y, ahead);
   }
   for (int t = 0; t < tile.tokens; t++) store(y_row + t * p.y.token_stride, y[t], live);
 }
@@ -159,16 +174,9 @@ INLINE bool load_tile(const ScanProblem& p, int64_t batch, Tile tile, int64_t ch
   const int live = (int)(p.channels - channel);
   const Vec bias = load(p.bias + channel);
   const T *u_row = row<T>(p.u, batch, tile.first) + channel, *delta_row = row<T>(p.delta, batch, tile.first) + channel;
-  const T *dy_row = row<T>(p.dy, batch, tile.first) + channel, *du_row = row<T>(p.du, batch, tile.first) + channel;
-  const T* ddelta_row = row<T>(p.ddelta, batch, tile.first) + channel;
+  const T* dy_row = row<T>(p.dy, batch, tile.first) + channel;
   Vec largest_dt = {}, dD_sum = *dD;
   for (int t = 0; t < tile.tokens; t++) {
-    const int64_t next = t - tile.tokens;
-    prefetch(u_row + next * p.u.token_stride);
-    prefetch(delta_row + next * p.delta.token_stride);
-    prefetch(dy_row + next * p.dy.token_stride);
-    prefetch_to_write(du_row + next * p.du.token_stride);
-    prefetch_to_write(ddelta_row + next * p.ddelta.token_stride);
     const Vec raw = load(delta_row + t * p.delta.token_stride, live) + bias;
     const Vec z = exp_minus_magnitude(raw);
     const Vec dt = softplus(raw, z), u = load(u_row + t * p.u.token_stride, live);
@@ -203,11 +211,13 @@ INLINE void store_tile(const ScanProblem& p, int64_t batch, Tile tile, int64_t c
 // Recomputes decays and states of a group over the tile. dB_dC[token][2 N] collects, over the blocks, the gradients of B
 // and C still spread over the lanes: those of C here, where arithmetic leaves room for memory traffic.
 template <bool kBounded>
-INLINE void recompute(BackwardTile& s, int tokens, int64_t states, const float* BC, Vec* dB_dC) {
+INLINE void recompute(BackwardTile& s, int tokens, int64_t states, const float* BC, Vec* dB_dC,
+                      const Ahead<3>& ahead) {
   Vec A[kBackwardGroup], h[kBackwardGroup];
   for (int n = 0; n < kBackwardGroup; n++) A[n] = s.A[n], h[n] = s.state[0][n];
   for (int t = 0; t < tokens; t++, BC += 2 * states) {
     const Vec dt = s.dt[t], x = s.x[t], dy = s.dy[t];
+    ahead.fetch(t);
     Vec* dC = dB_dC + t * 2 * states + states;
 #pragma GCC unroll 8
     for (int n = 0; n < kBackwardGroup; n++) {
@@ -222,12 +232,14 @@ INLINE void recompute(BackwardTile& s, int tokens, int64_t states, const float* 
 
 // Walks a group of states back over the tile. The adjoint is dL/dh at the tile's end on entry, before its first token on
 // return.
-INLINE void reverse(BackwardTile& s, int tokens, int64_t states, const float* BC, Vec* adjoint, Vec* dA, Vec* dB_dC) {
+INLINE void reverse(BackwardTile& s, int tokens, int64_t states, const float* BC, Vec* adjoint, Vec* dA, Vec* dB_dC,
+                    const Ahead<2>& ahead) {
   Vec g[kBackwardGroup], dA_sum[kBackwardGroup];
   for (int n = 0; n < kBackwardGroup; n++) g[n] = adjoint[n], dA_sum[n] = dA[n];
   for (int t = tokens - 1; t >= 0; t--) {
     const float *B = BC + t * 2 * states, *C = B + states;
     Vec* dB = dB_dC + t * 2 * states;
+    ahead.fetch(t);
     const Vec dy = s.dy[t], x = s.x[t], dt = s.dt[t];
     Vec ddt = s.ddt[t], dx = s.dx[t];
 #pragma GCC unroll 8
@@ -251,21 +263,27 @@ void backward_block(const ScanProblem& p, int64_t batch, int64_t tile_index, Til
                     const float* BC, BlockSums sums, Vec* dB_dC) {
   BackwardTile s;
   const bool bounded = load_tile<T>(p, batch, tile, channel, s, sums.dD);
+  auto before = [&](const Rows& rows) { return (const char*)(row<T>(rows, batch, tile.first - tile.tokens) + channel); };
+  const int64_t size = sizeof(T);
+  const Ahead<3> inputs = {{before(p.u), before(p.delta), before(p.dy)},
+                           {p.u.token_stride * size, p.delta.token_stride * size, p.dy.token_stride * size}};
+  const Ahead<2> outputs = {{before(p.du), before(p.ddelta)},
+                            {p.du.token_stride * size, p.ddelta.token_stride * size}};
   for (int64_t first = 0; first < p.padded_states; first += kBackwardGroup) {
     const int64_t at = first * p.padded_channels + channel;
     for (int n = 0; n < kBackwardGroup; n++) {
       s.A[n] = load(p.A_log2e + at + n * p.padded_channels);
       s.state[0][n] = Vec{};
       if (tile_index == 0) continue;
-      const float* before = checkpoint(p, batch, tile_index, at) + n * p.padded_channels;
-      s.state[0][n] = load(before);
-      prefetch(before - p.padded_states * p.padded_channels);
+      const float* kept = checkpoint(p, batch, tile_index, at) + n * p.padded_channels;
+      s.state[0][n] = load(kept);
+      prefetch(kept - p.padded_states * p.padded_channels);
     }
     if (bounded)
-      recompute<true>(s, tile.tokens, p.padded_states, BC + first, dB_dC + first);
+      recompute<true>(s, tile.tokens, p.padded_states, BC + first, dB_dC + first, inputs);
     else
-      recompute<false>(s, tile.tokens, p.padded_states, BC + first, dB_dC + first);
-    reverse(s, tile.tokens, p.padded_states, BC + first, sums.adjoint + first, sums.dA + first, dB_dC + first);
+      recompute<false>(s, tile.tokens, p.padded_states, BC + first, dB_dC + first, inputs);
+    reverse(s, tile.tokens, p.padded_states, BC + first, sums.adjoint + first, sums.dA + first, dB_dC + first, outputs);
   }
   store_tile<T>(p, batch, tile, channel, s, sums.dbias);
 }

@@ -162,7 +162,6 @@ INLINE Vec sigmoid(Vec x, Vec z) {
 
 // Into the second-level cache; any address will do, mapped or not.
 INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
-INLINE void prefetch_to_write(const void* address) { __builtin_prefetch(address, 1, 2); }
 
 INLINE float sum_lanes(Vec value) {
   float sum = 0;
