@@ -118,7 +118,10 @@ class Training:
     def kill(self) -> None:
         """SIGKILL to the launcher and all ranks at once: the node is lost."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not become a group yet, or not any more
+                os.kill(self.pid, signal.SIGKILL)
 
     def wait_for(self, condition: Callable[[], Any], timeout: float = 60) -> None:
         end = time.monotonic() + timeout
