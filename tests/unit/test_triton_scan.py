@@ -95,6 +95,7 @@ def check_cases(*cases: dict) -> None:
         assert result["repeats"], case
 
 
+@pytest.mark.slow
 def test_scan_and_its_gradients_equal_the_float64_recurrence():
     check_cases(
         {"shape": [1, 49, 4, 8], "dtype": "float32"},
