@@ -130,11 +130,11 @@ def test_two_nodes_of_two_ranks_check_themselves_train_and_finish(cluster: Virtu
 def test_a_run_stopped_by_its_time_limit_goes_on_and_ends_with_the_same_weights(
     cluster: VirtualCluster, uninterrupted: Job, tmp_path: Path
 ) -> None:
-    # The limit is checked every 30 s, so the notice comes 20 to 50 s after the start and the limit after 60 to 90.
+    # SLURM looks every 30 s, and 30 s ahead: the notice comes 20 to 50 s after the start, the end after 60 to 90.
     slow = "sleep1@0-40:0"
     env = {"MAMBAVISION_FAULT": slow, "SIGNAL_AFTER_SECONDS": "0"}  # the STOP file and, at once, the signal as well
-    job = submit(cluster, tmp_path, *LONG, options=("--time=1", "--signal=B:USR1@40"), **env)
-    job.wait_for_start(2)
+    job = submit(cluster, tmp_path, *LONG, options=("--time=1", "--signal=B:USR1@10"), **env)
+    cluster.wait(lambda: "back to the queue" in job.output, PATIENCE, "the job to go back to the queue")
     cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=30"])
     assert job.end() == "COMPLETED", job.output
     assert "notice (USR1)" in job.output and "back to the queue" in job.output
@@ -190,6 +190,12 @@ def test_a_crash_loop_ends_and_says_so(started: dict[str, Job]) -> None:
     assert job.end() == "FAILED", job.output
     assert "2 faults in a row without a new checkpoint" in job.output
     assert job.cluster.job(job.id)["Restarts"] == "1"
+
+
+def test_a_limit_too_short_for_its_notice_does_not_go_round_for_ever(cluster: VirtualCluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, options=("--time=1", "--signal=B:USR1@60"), MAX_RESTARTS="0")
+    assert job.end() == "FAILED", job.output
+    assert "Is the time limit well above the notice" in job.output
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: VirtualCluster, tmp_path: Path) -> None:
