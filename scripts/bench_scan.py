@@ -39,6 +39,7 @@ MODES = ("forward", "backward", "forward_backward")
 # Keeps freed memory in the process instead of faulting it in again at every call, for all backends alike, as long runs do.
 MALLOC_TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 TILE_TOKENS = 16
+Clock = Callable[[], float]  # seconds
 
 
 @dataclass
@@ -73,14 +74,17 @@ def main() -> None:
     arguments = parse_arguments()
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:  # the C library reads it at start only
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": MALLOC_TUNABLES})
+    if arguments.cpu_time:
+        arguments.threads = 1
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    machine = measure_machine(arguments.device)
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    machine = measure_machine(arguments.device, clock)
     print(json.dumps(asdict(machine)))
     rows: list[Row] = []
     for dtype in arguments.dtypes.split(","):
         for shape, (tokens, channels) in SHAPES.items():
-            new = bench_shape(arguments, machine, shape, tokens, channels, getattr(torch, dtype))
+            new = bench_shape(arguments, machine, clock, shape, tokens, channels, getattr(torch, dtype))
             rows += new
             for row in new:
                 print(
@@ -101,12 +105,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9, help="at least 5")
     parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU time of one thread instead of wall time: for a busy machine"
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
 def bench_shape(
-    arguments: argparse.Namespace, machine: Machine, shape: str, tokens: int, channels: int, dtype: torch.dtype
+    arguments: argparse.Namespace,
+    machine: Machine,
+    clock: Clock,
+    shape: str,
+    tokens: int,
+    channels: int,
+    dtype: torch.dtype,
 ) -> list[Row]:
     inputs = scan_inputs(arguments.batch, tokens, channels, dtype, arguments.device)
     dy = torch.randn(arguments.batch, tokens, channels, device=arguments.device).to(dtype)
@@ -118,12 +131,13 @@ def bench_shape(
     copies: dict[str, list[float]] = {mode: [] for mode in moved}
     for round_index in range(arguments.rounds + 2):  # the first two warm up
         for name in names:
-            for mode, milliseconds in run_once(name, inputs, dy).items():
+            for mode, milliseconds in run_once(name, inputs, dy, clock).items():
                 if round_index >= 2:
                     times[name, mode].append(milliseconds)
             if name == "reference":
                 for mode, source in sources.items():
-                    copies[mode].append(milliseconds_of(partial(destinations[mode].copy_, source), source.device))
+                    copy = partial(destinations[mode].copy_, source)
+                    copies[mode].append(milliseconds_of(copy, source.device, clock))
     bounds = {
         mode: max(statistics.median(copies[mode][2:]), exponential_ms(machine, arguments.batch * tokens * channels))
         for mode in moved
@@ -140,7 +154,7 @@ def bench_shape(
     return rows
 
 
-def run_once(backend: str, inputs: list[Tensor], dy: Tensor) -> dict[str, float]:
+def run_once(backend: str, inputs: list[Tensor], dy: Tensor, clock: Clock) -> dict[str, float]:
     """Milliseconds of inference, of forward + backward through autograd, and of that backward alone."""
 
     def scan() -> Tensor:
@@ -150,12 +164,12 @@ def run_once(backend: str, inputs: list[Tensor], dy: Tensor) -> dict[str, float]
         with torch.no_grad():
             scan()
 
-    result = {"forward": milliseconds_of(forward, dy.device)}
+    result = {"forward": milliseconds_of(forward, dy.device, clock)}
     for tensor in inputs:
         tensor.grad = None
     outputs: list[Tensor] = []
-    training_forward = milliseconds_of(lambda: outputs.append(scan()), dy.device)
-    result["backward"] = milliseconds_of(lambda: outputs.pop().backward(dy), dy.device)
+    training_forward = milliseconds_of(lambda: outputs.append(scan()), dy.device, clock)
+    result["backward"] = milliseconds_of(lambda: outputs.pop().backward(dy), dy.device, clock)
     result["forward_backward"] = training_forward + result["backward"]
     return result
 
@@ -186,14 +200,14 @@ def exponential_ms(machine: Machine, elements: int) -> float:
     return elements * (STATES + 1) / machine.exponentials_g_per_s / 1e6 if machine.exponentials_g_per_s else 0.0
 
 
-def measure_machine(device: str) -> Machine:
+def measure_machine(device: str, clock: Clock) -> Machine:
     native = load_native() if device == "cpu" else None
     rate = None
     if native is not None:
         rates = []
         for _ in range(9):
-            start = time.perf_counter()
-            rates.append(native.scan_exponentials(20_000_000) / (time.perf_counter() - start) / 1e9)
+            start = clock()
+            rates.append(native.scan_exponentials(20_000_000) / (clock() - start) / 1e9)
         rate = statistics.median(rates)
     return Machine(
         device=processor_name() if device == "cpu" else torch.cuda.get_device_name(),
@@ -210,7 +224,7 @@ def processor_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def milliseconds_of(work: Callable[[], object], device: torch.device) -> float:
+def milliseconds_of(work: Callable[[], object], device: torch.device, clock: Clock) -> float:
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -218,9 +232,9 @@ def milliseconds_of(work: Callable[[], object], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
-    start_seconds = time.perf_counter()
+    start_seconds = clock()
     work()
-    return (time.perf_counter() - start_seconds) * 1e3
+    return (clock() - start_seconds) * 1e3
 
 
 def scan_inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype, device: str) -> list[Tensor]:
