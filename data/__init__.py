@@ -5,6 +5,9 @@ A source is imported when it is asked for: ffcv takes seconds to import, the oth
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from data.batch import Batch, EvalLoader, TrainLoader
 from data.order import EpochPlan, epoch_order
 from mambavision.config import AugmentConfig, DataConfig
@@ -46,7 +49,8 @@ def build_train_loader(
             seed=seed,
         )
     if data.source == "ffcv":
-        from data.ffcv_loader import FfcvTrainLoader
+        with keep_torch_threads():
+            from data.ffcv_loader import FfcvTrainLoader
 
         return FfcvTrainLoader(data, augment, seed=seed, batches=batches)
     if data.source == "folder":
@@ -77,7 +81,8 @@ def build_eval_loader(
             **share,
         )
     if data.source == "ffcv":
-        from data.ffcv_loader import FfcvEvalLoader
+        with keep_torch_threads():
+            from data.ffcv_loader import FfcvEvalLoader
 
         return FfcvEvalLoader(data, split=split, **share)
     if data.source == "folder":
@@ -109,3 +114,15 @@ def _variant_loader(data: DataConfig, name: str, share: dict[str, int]) -> EvalL
     loader = FolderEvalLoader(data, source, **share)
     loader.eval_set = eval_set
     return loader
+
+
+@contextlib.contextmanager
+def keep_torch_threads() -> Iterator[None]:
+    """Importing ffcv sets torch's threads to one for the whole process, which would halve the speed of a CPU run or worse."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -283,3 +285,16 @@ def test_workers_ignore_signals_and_a_killed_one_ends_the_run(config):
 def test_data_that_is_not_there_is_answered_with_advice(settings, advice):
     with pytest.raises((ValueError, FileNotFoundError), match=advice):
         train_loader(DataConfig(**settings))
+
+
+def test_building_an_ffcv_loader_leaves_torchs_threads_alone():
+    """Training on .beton files used one core: importing ffcv had set torch's thread count to 1."""
+    program = (
+        "import torch, data; from mambavision.config import DataConfig\n"
+        "torch.set_num_threads(2)\n"
+        "try: data.build_eval_loader(DataConfig(source='ffcv', path='/no/such/directory'), batch_size=1)\n"
+        "except ValueError as error: print(error)\n"
+        "import sys; print('ffcv' in sys.modules, torch.get_num_threads())\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines()[-1] == "True 2", answer.stdout
