@@ -38,8 +38,10 @@ class StopNotice:
 
     def __enter__(self) -> StopNotice:
         for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
-                self.previous[number] = signal.signal(number, self._notice)
+            # Only nohup's wish is kept: slurm/train.sbatch starts torchrun deaf to USR1, and the ranks inherit that.
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            self.previous[number] = signal.signal(number, self._notice)
         return self
 
     def __exit__(self, *_: object) -> None:
