@@ -40,6 +40,7 @@ SETTINGS = (
     "watchdog.heartbeat_seconds=0.5",
 )
 STEPS, STEPS_PER_EPOCH = 24, 8
+PATIENCE_SECONDS = 300.0  # a run takes 4 s; on a machine that others use too it has taken 20 times as long
 
 
 class Prefork:
@@ -93,7 +94,11 @@ class Prefork:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(10)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 @dataclass
@@ -107,7 +112,7 @@ class Training:
     started: float = field(default_factory=time.time)
     code: int | None = None
 
-    def wait(self, timeout: float = 90) -> int:
+    def wait(self, timeout: float = PATIENCE_SECONDS) -> int:
         """The launcher's exit code."""
         self.code = self.poll(timeout)
         if self.code is None:
@@ -123,7 +128,7 @@ class Training:
             except ProcessLookupError:  # it has not become a group yet, or not any more
                 os.kill(self.pid, signal.SIGKILL)
 
-    def wait_for(self, condition: Callable[[], Any], timeout: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], Any], timeout: float = PATIENCE_SECONDS) -> None:
         end = time.monotonic() + timeout
         while not condition():
             code = self.poll(0)
@@ -205,7 +210,7 @@ class Trainer:
                 command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
             )
 
-    def run(self, name: str, *overrides: str, timeout: float = 90, **how: Any) -> Training:
+    def run(self, name: str, *overrides: str, timeout: float = PATIENCE_SECONDS, **how: Any) -> Training:
         training = self.start(name, *overrides, **how)
         training.wait(timeout)
         return training
