@@ -5,6 +5,7 @@ The run id lives in the run directory, so that a resumed run is the same W&B run
 
 from __future__ import annotations
 
+import inspect
 import os
 import queue
 import threading
@@ -128,8 +129,7 @@ class WandbSink:
         wanted = os.environ.get("WANDB_MODE", "") or self.cfg.wandb
         if wanted in ("online", "offline"):
             return wanted
-        has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        return "online" if has_key else "offline"
+        return "online" if _has_key(wandb) else "offline"
 
     def _init(self, wandb: Any, mode: str) -> Any:
         run = wandb.init(
@@ -165,6 +165,15 @@ class WandbSink:
         if time.monotonic() - self.last_warning >= _WARNING_SECONDS:
             self.last_warning = time.monotonic()
             self.warn_run(message)
+
+
+def _has_key(wandb: Any) -> bool:
+    """Whether a key is known, without asking anybody for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    if "prompt" in inspect.signature(wandb.login).parameters:  # wandb 0.31; earlier ones tell by the api object
+        return bool(wandb.login(prompt=False))
+    return bool(wandb.api.api_key)
 
 
 def _first_line(error: Exception) -> str:

@@ -66,7 +66,7 @@ def test_without_a_network_training_starts_at_once_and_finishes_with_one_warning
     events = read_events(tmp_path / "run" / "metrics.jsonl")
     began = next(e["time"] for e in events if e["event"] == "start")
     first_step = next(e["time"] for e in events if e["event"] == "train")
-    assert first_step - began < 5 and began - start < 30
+    assert first_step - began < 20 and began - start < 60  # a few seconds each on a machine with nothing else to do
     assert events[-1]["status"] == "finished"
     warnings = [e for e in events if e["event"] == "warning"]
     assert len(warnings) == 1 and "out of reach" in warnings[0]["message"]
