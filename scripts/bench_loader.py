@@ -199,8 +199,13 @@ def torchvision_io(directory: Path, args: argparse.Namespace) -> Epoch:
 
 
 def torchvision_timm_full(directory: Path, args: argparse.Namespace) -> Epoch:
-    from timm.data import create_transform
+    from timm.data import auto_augment, create_transform
 
+    posterize = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
+    # timm asks for 0 bits at full magnitude: earlier Pillows made that black, Pillow 13 refuses it.
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **options: (
+        posterize(image, bits, **options) if bits else image.point(lambda value: 0)
+    )
     transform = create_transform(
         args.image_size,
         is_training=True,
