@@ -106,6 +106,13 @@ def started(cluster: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -
     return {
         "uninterrupted": submit(cluster, tmp_path_factory.mktemp("uninterrupted"), *LONG),
         "crashing": submit(cluster, tmp_path_factory.mktemp("crashing"), **crash),
+        "refused": submit(cluster, tmp_path_factory.mktemp("refused"), "optimizer.lrr=1"),
+        "short": submit(
+            cluster,
+            tmp_path_factory.mktemp("short"),
+            options=("--time=1", "--signal=B:USR1@60"),
+            MAX_RESTARTS="0",
+        ),
     }
 
 
@@ -192,8 +199,8 @@ def test_a_crash_loop_ends_and_says_so(started: dict[str, Job]) -> None:
     assert job.cluster.job(job.id)["Restarts"] == "1"
 
 
-def test_a_limit_too_short_for_its_notice_does_not_go_round_for_ever(cluster: VirtualCluster, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, options=("--time=1", "--signal=B:USR1@60"), MAX_RESTARTS="0")
+def test_a_limit_too_short_for_its_notice_does_not_go_round_for_ever(started: dict[str, Job]) -> None:
+    job = started["short"]
     assert job.end() == "FAILED", job.output
     assert "Is the time limit well above the notice" in job.output
 
@@ -206,10 +213,10 @@ def test_a_cancelled_job_stays_cancelled(cluster: VirtualCluster, tmp_path: Path
     assert job.run.status()["status"] == "preempted"  # the work is kept all the same
 
 
-def test_wrong_settings_are_refused_before_anything_starts(cluster: VirtualCluster, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, "optimizer.lrr=1")
+def test_wrong_settings_are_refused_before_anything_starts(started: dict[str, Job]) -> None:
+    job = started["refused"]
     assert job.end() == "FAILED"
-    assert "did you mean optimizer.lr" in job.output and cluster.job(job.id)["ExitCode"] == "2:0"
+    assert "did you mean optimizer.lr" in job.output and job.cluster.job(job.id)["ExitCode"] == "2:0"
     assert not job.run.path.exists()
 
 
