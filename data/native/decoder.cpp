@@ -229,7 +229,7 @@ int64_t loader_take_failures(FailureLog *log, int64_t *out, int64_t room) {
 int64_t loader_settings_size() { return sizeof(Settings); }
 int64_t loader_usable() { return this_thread().jpeg.usable(); }
 
-// The instruction set in use, after asking for `isa` (GENERIC, AVX2, AVX512; anything else: the best here).
+// The instruction set in use, after asking for `isa` (GENERIC, AVX2; anything else: the best here).
 int64_t loader_use_isa(int64_t isa) {
     const Isa best = detect_isa();
     active_isa = isa >= GENERIC && isa <= best ? (Isa)isa : best;

@@ -62,8 +62,7 @@ void vertical_plain(const uint8_t *first, size_t stride, const int32_t *weight, 
 
 void vertical(const uint8_t *first, size_t stride, const int32_t *weight, int count, int bytes, uint8_t *out) {
 #ifdef LOADER_X86
-    if (active_isa == AVX512) return x86::vertical_avx512(first, stride, weight, count, bytes, out);
-    if (active_isa == AVX2) return x86::vertical_avx2(first, stride, weight, count, bytes, out);
+    if (active_isa == AVX2) return x86::vertical(first, stride, weight, count, bytes, out);
 #endif
     vertical_plain(first, stride, weight, count, bytes, out);
 }
@@ -73,9 +72,6 @@ void vertical(const uint8_t *first, size_t stride, const int32_t *weight, int co
 Isa detect_isa() {
 #ifdef LOADER_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
-        __builtin_cpu_supports("avx512vnni"))
-        return AVX512;
     if (__builtin_cpu_supports("avx2")) return AVX2;
 #endif
     return GENERIC;
@@ -132,7 +128,7 @@ void Resampler::start(int row_pixels, int pixel_offset, bool vertical_first, uin
     rows_in_ = rows_out_ = rows_held_ = 0;
     rows_total_ = y.end() - y.begin();
     rows_room_ = vertical_first ? 2 * y.stride + 4 * ROWS_AT_ONCE : ROWS_AT_ONCE;
-    row_stride_ = (((size_t)row_pixels + x.stride) * 4 + ROW_SLACK + 63) / 64 * 64;
+    row_stride_ = (((size_t)row_pixels + x.stride) * 4 + ROW_START + ROW_SLACK + 63) / 64 * 64;
     packed_stride_ = ((size_t)x.out * 3 + STORE_SPILL + 63) / 64 * 64;
     const auto reserve = [](std::vector<uint8_t> &buffer, size_t bytes) {
         if (buffer.size() < bytes) buffer.resize(bytes);
@@ -147,7 +143,7 @@ int Resampler::rows_wanted() const { return std::min(ROWS_AT_ONCE, rows_total_ -
 
 void Resampler::push(int count) {
     if (vertical_first_) return push_vertical_first(count);
-    horizontal(rows_.data() + (size_t)pixel_offset_ * 4, count, packed_.data() + (size_t)rows_in_ * packed_stride_);
+    horizontal(rows_.data() + ROW_START + (size_t)pixel_offset_ * 4, count, packed_.data() + (size_t)rows_in_ * packed_stride_);
     rows_in_ += count;
     vertical_ready();
 }
@@ -156,7 +152,7 @@ void Resampler::push_vertical_first(int count) {
     rows_in_ += count;
     rows_held_ += count;
     const int base = y.begin(), bytes = (x.end() - x.begin()) * 4;
-    const uint8_t *held = rows_.data() + (size_t)pixel_offset_ * 4;
+    const uint8_t *held = rows_.data() + ROW_START + (size_t)pixel_offset_ * 4;
     int done = 0;
     while (rows_out_ + done < y.out && y.first[rows_out_ + done] - base + y.count[rows_out_ + done] <= rows_in_) {
         const int o = rows_out_ + done, at = y.first[o] - base - (rows_in_ - rows_held_);
@@ -184,35 +180,16 @@ void Resampler::flush(int count) {
 }
 
 void Resampler::prepare_horizontal() {
-    kernel_ = PLAIN;
 #ifdef LOADER_X86
-    if (active_isa == AVX512) {
-        const int span = x86::block_span(x);
-        if (span <= 32) {
-            kernel_ = span <= 16 ? PERMUTE : PERMUTE_WIDE;
-            groups_ = x86::prepare_permute(x, x.begin(), bases_, table_);
-            return;
-        }
-    }
-    if (active_isa >= AVX2) {
-        kernel_ = LANES;
-        groups_ = x86::prepare_lanes(x, x.begin(), bases_, table_);
-    }
+    if (active_isa == AVX2) groups_ = x86::prepare(x, x.begin(), bases_, table_);
 #endif
 }
 
 void Resampler::horizontal(const uint8_t *source, int count, uint8_t *out) {
 #ifdef LOADER_X86
-    if (kernel_ == PERMUTE || kernel_ == PERMUTE_WIDE) {
-        x86::horizontal_permute(kernel_ == PERMUTE_WIDE, (x.out + 3) / 4, groups_, bases_.data(), table_.data(), source,
-                                row_stride_, count, out, packed_stride_);
-        return;
-    }
-    if (kernel_ == LANES) {
-        x86::horizontal_lanes((x.out + 3) / 4, groups_, bases_.data(), table_.data(), source, row_stride_, count, out,
-                              packed_stride_);
-        return;
-    }
+    if (active_isa == AVX2)
+        return x86::horizontal((x.out + 3) / 4, groups_, bases_.data(), table_.data(), source, row_stride_, count, out,
+                               packed_stride_);
 #endif
     const int base = x.begin();
     for (int i = 0; i < count; i++) horizontal_plain(x, base, source + i * row_stride_, out + i * packed_stride_);

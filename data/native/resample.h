@@ -8,12 +8,15 @@
 namespace loader {
 
 enum Filter { NEAREST = 0, BILINEAR = 1, BICUBIC = 2 };  // as in data/augment.py; NEAREST only for affine transforms
-enum Isa { GENERIC = 0, AVX2 = 1, AVX512 = 2 };
+enum Isa { GENERIC = 0, AVX2 = 1 };
 
 constexpr int WEIGHT_BITS = 22;   // fractional bits of a weight, Pillow's choice
 constexpr int SPLIT_BITS = 15;    // a weight is high * 2^15 + low, both 16-bit signed: exact sums from 16-bit multiplies
 constexpr int ROWS_AT_ONCE = 8;   // source rows resized together, so that a table entry is loaded once for all
 constexpr int ROW_SLACK = 128;    // bytes beyond a source row that kernels may read (besides taps of weight zero)
+// libjpeg-turbo writes pixels past the caches (non-temporal stores) if a row is aligned; reading them back at once then
+// waits for memory, a third of the whole decoding time. So rows begin off any alignment.
+constexpr int ROW_START = 4;
 constexpr int STORE_SPILL = 16;   // bytes beyond a packed row that kernels may overwrite
 
 Isa detect_isa();
@@ -45,7 +48,7 @@ public:
     // row_pixels: pixels of each pushed row; pixel_offset: index in it of the source's column x.begin().
     void start(int row_pixels, int pixel_offset, bool vertical_first, uint8_t *destination, size_t destination_stride);
     int rows_wanted() const;                            // how many rows to put into row(0), row(1), ... now; 0: finished
-    uint8_t *row(int i) { return rows_.data() + (size_t)(rows_held_ + i) * row_stride_; }
+    uint8_t *row(int i) { return rows_.data() + ROW_START + (size_t)(rows_held_ + i) * row_stride_; }
     void push(int count);
 
 private:
@@ -61,10 +64,9 @@ private:
     size_t row_stride_ = 0, packed_stride_ = 0, destination_stride_ = 0;
     uint8_t *destination_ = nullptr;
     std::vector<uint8_t> rows_, squeezed_, packed_;     // source rows; vertically, horizontally resized rows
-    enum Kernel { PLAIN, LANES, PERMUTE, PERMUTE_WIDE } kernel_ = PLAIN;
-    int groups_ = 0;                                    // LANES: 4-tap groups; PERMUTE: tap pairs
-    std::vector<int> bases_;                            // LANES, PERMUTE: first source pixel of each output, of each four
-    std::vector<uint8_t> table_;                        // expanded weights (and byte indices) in the kernel's order
+    int groups_ = 0;                                    // AVX2: groups of four taps
+    std::vector<int> bases_;                            // AVX2: first source pixel of each output
+    std::vector<uint8_t> table_;                        // AVX2: weights in the kernel's order
 };
 
 }  // namespace loader

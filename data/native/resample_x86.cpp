@@ -6,7 +6,6 @@
 #include <cstring>
 
 #define TARGET_AVX2 __attribute__((target("avx2")))
-#define TARGET_AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
 #define INLINE inline __attribute__((always_inline))
 
 namespace loader::x86 {
@@ -27,9 +26,7 @@ INLINE int32_t pair(int16_t a, int16_t b) { return (int32_t)((uint32_t)(uint16_t
 
 }  // namespace
 
-// ---------------------------------------------------------------- AVX2, horizontal
-
-int prepare_lanes(const Axis &axis, int base, std::vector<int> &bases, std::vector<uint8_t> &table) {
+int prepare(const Axis &axis, int base, std::vector<int> &bases, std::vector<uint8_t> &table) {
     int most = 1;
     for (int o = 0; o < axis.out; o++) most = std::max(most, axis.count[o]);
     const int groups = (most + 3) / 4, padded = (axis.out + 3) / 4 * 4;
@@ -97,115 +94,13 @@ TARGET_AVX2 void lanes(int blocks, int groups, const int *bases, const uint8_t *
 
 }  // namespace
 
-void horizontal_lanes(int blocks, int groups, const int *bases, const uint8_t *table, const uint8_t *source,
+void horizontal(int blocks, int groups, const int *bases, const uint8_t *table, const uint8_t *source,
                       size_t source_stride, int rows, uint8_t *out, size_t out_stride) {
     const auto kernel = groups == 1 ? lanes<1> : groups == 2 ? lanes<2> : groups == 3 ? lanes<3> : lanes<0>;
     kernel(blocks, groups, bases, table, source, source_stride, rows, out, out_stride);
 }
 
-// ---------------------------------------------------------------- AVX-512, horizontal
-
-int block_span(const Axis &axis) {
-    int span = 0;
-    for (int o = 0; o < axis.out; o += 4) {
-        int low = axis.first[o], high = 0;
-        for (int i = o; i < std::min(o + 4, axis.out); i++) {
-            low = std::min(low, axis.first[i]);
-            high = std::max(high, axis.first[i] + axis.count[i]);
-        }
-        span = std::max(span, high - low);
-    }
-    return span;
-}
-
-// Per block and tap pair: 64 byte indices (even bytes count), 64 bytes of high halves, 64 of low halves.
-int prepare_permute(const Axis &axis, int base, std::vector<int> &bases, std::vector<uint8_t> &table) {
-    int most = 1;
-    for (int o = 0; o < axis.out; o++) most = std::max(most, axis.count[o]);
-    const int pairs = (most + 1) / 2, blocks = (axis.out + 3) / 4;
-    bases.resize(blocks);
-    table.assign((size_t)blocks * pairs * 192, 0);
-    for (int b = 0; b < blocks; b++) {
-        const int last = std::min(4 * b + 4, axis.out);
-        const int low = *std::min_element(axis.first.begin() + 4 * b, axis.first.begin() + last);
-        bases[b] = low - base;
-        for (int o = 4 * b; o < last; o++) {
-            for (int tap = 0; tap < axis.count[o]; tap++) {
-                uint8_t *entry = table.data() + ((size_t)b * pairs + tap / 2) * 192;
-                const Split w(axis.weight[(size_t)o * axis.stride + tap]);
-                int32_t *index = (int32_t *)entry + 4 * (o % 4);  // a 32-bit word: [tap 0, tap 1] of one channel
-                int16_t *high = (int16_t *)(entry + 64) + 8 * (o % 4) + tap % 2;
-                int16_t *lower = (int16_t *)(entry + 128) + 8 * (o % 4) + tap % 2;
-                const int at = 4 * (axis.first[o] - low + tap);
-                for (int c = 0; c < 4; c++) {
-                    index[c] |= (at + c) << (16 * (tap % 2));
-                    high[2 * c] = w.high;
-                    lower[2 * c] = w.low;
-                }
-            }
-        }
-    }
-    return pairs;
-}
-
-namespace {
-
-template <bool WIDE, int ROWS>
-TARGET_AVX512 INLINE void permute_block(int pairs, const __m512i *entry, const uint8_t *p, size_t stride, uint8_t *out,
-                                        size_t out_stride) {
-    const __mmask64 even = 0x5555555555555555ULL;
-    const __m128i drop_fourth = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
-    __m512i high[ROWS], low[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        high[r] = _mm512_setzero_si512();
-        low[r] = _mm512_set1_epi32(1 << (WEIGHT_BITS - 1));
-    }
-    for (int k = 0; k < pairs; k++, entry += 3) {
-        const __m512i index = _mm512_loadu_si512(entry), wh = _mm512_loadu_si512(entry + 1), wl = _mm512_loadu_si512(entry + 2);
-        for (int r = 0; r < ROWS; r++) {
-            const uint8_t *q = p + r * stride;
-            __m512i v = _mm512_loadu_si512(q);
-            if (WIDE)
-                v = _mm512_maskz_permutex2var_epi8(even, v, index, _mm512_loadu_si512(q + 64));
-            else
-                v = _mm512_maskz_permutexvar_epi8(even, index, v);
-            high[r] = _mm512_dpwssd_epi32(high[r], v, wh);
-            low[r] = _mm512_dpwssd_epi32(low[r], v, wl);
-        }
-    }
-    for (int r = 0; r < ROWS; r++) {
-        __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[r], SPLIT_BITS), low[r]);
-        sum = _mm512_max_epi32(_mm512_srai_epi32(sum, WEIGHT_BITS), _mm512_setzero_si512());
-        const __m128i four = _mm_shuffle_epi8(_mm512_cvtusepi32_epi8(sum), drop_fourth);
-        _mm_storeu_si128((__m128i *)(out + r * out_stride), four);
-    }
-}
-
-template <bool WIDE>
-TARGET_AVX512 void permute(int blocks, int pairs, const int *bases, const uint8_t *table, const uint8_t *source,
-                           size_t source_stride, int rows, uint8_t *out, size_t out_stride) {
-    for (int b = 0; b < blocks; b++) {
-        const __m512i *entry = (const __m512i *)(table + (size_t)b * pairs * 192);
-        const uint8_t *p = source + 4 * (size_t)bases[b];
-        uint8_t *o = out + 12 * b;
-        int r = 0;
-        for (; r + 4 <= rows; r += 4)
-            permute_block<WIDE, 4>(pairs, entry, p + r * source_stride, source_stride, o + r * out_stride, out_stride);
-        for (; r < rows; r++)
-            permute_block<WIDE, 1>(pairs, entry, p + r * source_stride, source_stride, o + r * out_stride, out_stride);
-    }
-}
-
-}  // namespace
-
-void horizontal_permute(bool wide, int blocks, int pairs, const int *bases, const uint8_t *table, const uint8_t *source,
-                        size_t source_stride, int rows, uint8_t *out, size_t out_stride) {
-    (wide ? permute<true> : permute<false>)(blocks, pairs, bases, table, source, source_stride, rows, out, out_stride);
-}
-
-// ---------------------------------------------------------------- vertical
-
-TARGET_AVX2 void vertical_avx2(const uint8_t *first, size_t stride, const int32_t *weight, int count, int bytes, uint8_t *out) {
+TARGET_AVX2 void vertical(const uint8_t *first, size_t stride, const int32_t *weight, int count, int bytes, uint8_t *out) {
     const __m256i zero = _mm256_setzero_si256(), half = _mm256_set1_epi32(1 << (WEIGHT_BITS - 1));
     for (int at = 0; at < bytes; at += 32) {
         __m256i high[4], low[4];
@@ -235,34 +130,6 @@ TARGET_AVX2 void vertical_avx2(const uint8_t *first, size_t stride, const int32_
             _mm256_store_si256((__m256i *)tail, packed);
             memcpy(out + at, tail, bytes - at);
         }
-    }
-}
-
-TARGET_AVX512 void vertical_avx512(const uint8_t *first, size_t stride, const int32_t *weight, int count, int bytes,
-                                   uint8_t *out) {
-    const __m512i zero = _mm512_setzero_si512(), half = _mm512_set1_epi32(1 << (WEIGHT_BITS - 1));
-    for (int at = 0; at < bytes; at += 64) {
-        __m512i high[4], low[4];
-        for (int i = 0; i < 4; i++) high[i] = zero, low[i] = half;
-        for (int t = 0; t < count; t += 2) {
-            const bool two = t + 1 < count;
-            const Split w0(weight[t]), w1(two ? weight[t + 1] : 0);
-            const __m512i wh = _mm512_set1_epi32(pair(w0.high, w1.high)), wl = _mm512_set1_epi32(pair(w0.low, w1.low));
-            const uint8_t *p = first + t * stride + at;
-            const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(two ? p + stride : p);
-            const __m512i left = _mm512_unpacklo_epi8(a, b), right = _mm512_unpackhi_epi8(a, b);
-            const __m512i v[4] = {_mm512_unpacklo_epi8(left, zero), _mm512_unpackhi_epi8(left, zero),
-                                  _mm512_unpacklo_epi8(right, zero), _mm512_unpackhi_epi8(right, zero)};
-            for (int i = 0; i < 4; i++) {
-                high[i] = _mm512_dpwssd_epi32(high[i], v[i], wh);
-                low[i] = _mm512_dpwssd_epi32(low[i], v[i], wl);
-            }
-        }
-        for (int i = 0; i < 4; i++)
-            low[i] = _mm512_srai_epi32(_mm512_add_epi32(_mm512_slli_epi32(high[i], SPLIT_BITS), low[i]), WEIGHT_BITS);
-        const __m512i packed = _mm512_packus_epi16(_mm512_packs_epi32(low[0], low[1]), _mm512_packs_epi32(low[2], low[3]));
-        const __mmask64 valid = bytes - at >= 64 ? ~0ULL : (1ULL << (bytes - at)) - 1;
-        _mm512_mask_storeu_epi8(out + at, valid, packed);
     }
 }
 
