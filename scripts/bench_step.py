@@ -143,6 +143,7 @@ class Bench:
             step = self.build(name, mode, setting)
             self.rate(step, seconds=0.0)
             rate = self.rate(step, seconds=self.args.seconds / 2)
+            print(f"  tried {mode} {name}: {rate:.1f} img/s ({setting})", file=sys.stderr, flush=True)
             if rate > best_rate:
                 best, best_rate, best_setting = step, rate, setting
         eager = self.build(name, mode, Setting("autocast", False, False))
