@@ -43,15 +43,20 @@ class RunLock:
                 time.sleep(0.05)
                 continue
             self._check_gone(owner)
-            self._remove(owner)
-            taken_from = f"pid {owner['pid']} on {owner['host']}"
+            if self._replace(owner):
+                taken_from = f"pid {owner['pid']} on {owner['host']}"
+                break
         self.held = True
         return taken_from
 
-    def _create(self) -> bool:
+    def _write_temporary(self) -> Path:
         record = {"host": socket.gethostname(), "pid": os.getpid(), **_process_identity(os.getpid())}
         temporary = self.path.with_name(f"LOCK.{self.token}.tmp")
         temporary.write_text(json.dumps({**record, "token": self.token, "since": time.time()}) + "\n")
+        return temporary
+
+    def _create(self) -> bool:
+        temporary = self._write_temporary()
         try:
             os.link(temporary, self.path)
         except FileExistsError:
@@ -102,18 +107,30 @@ class RunLock:
         except FileNotFoundError:
             return None
 
-    def _remove(self, owner: dict[str, Any]) -> None:
-        """Of several who see the same dead owner only one may remove its lock, and nobody a newer one."""
-        aside = self.path.with_name(f"LOCK.{self.token}.tmp")
+    def _replace(self, owner: dict[str, Any]) -> bool:
+        """Put ours in place of a dead owner's lock. Of several who see the same dead owner one succeeds.
+
+        Whoever creates the claim on the owner's token is alone in replacing that owner's lock, and no other's: a plain
+        rename would also carry off the lock of somebody who had been faster.
+        """
+        claim = self.path.with_name(f"LOCK.{owner['token']}.claim")
         try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        moved = json.loads(aside.read_text())
-        if moved["token"] != owner["token"]:
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self.path)  # somebody else had been faster: give it back
-        aside.unlink()
+            claim.touch(exist_ok=False)
+        except FileExistsError:  # another is at it, for an instant; unless it died doing so
+            deadline = time.monotonic() + _STALE_BEATS * self.heartbeat_seconds
+            while claim.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if claim.exists():
+                claim.unlink(missing_ok=True)
+            return False
+        try:
+            found = self._read()
+            if found is None or found["token"] != owner["token"]:
+                return False
+            os.replace(self._write_temporary(), self.path)
+            return True
+        finally:
+            claim.unlink(missing_ok=True)
 
     def refresh(self) -> None:
         """A heartbeat. Raises LockLost if the lock has been taken over."""

@@ -66,7 +66,17 @@ def test_of_many_who_find_a_dead_lock_one_gets_it(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len([o for o in outcomes if not isinstance(o, ValueError)]) == 1
-    assert not list(tmp_path.glob("*.tmp"))
+    assert [file.name for file in tmp_path.iterdir()] == ["LOCK"]
+
+
+def test_one_who_died_while_taking_over_holds_up_the_next_only_for_a_while(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, 0.1)
+    lock.acquire()
+    record = json.loads(lock.path.read_text())
+    lock.path.write_text(json.dumps(record | {"started": -1, "token": "dead"}))
+    (tmp_path / "LOCK.dead.claim").touch()
+    assert RunLock(tmp_path, 0.1).acquire() is not None
+    assert [file.name for file in tmp_path.iterdir()] == ["LOCK"]
 
 
 def test_an_owner_whose_lock_was_taken_learns_it_at_its_next_heartbeat(tmp_path: Path) -> None:
