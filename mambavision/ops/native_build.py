@@ -45,6 +45,7 @@ SOURCES = (
     Source("depthwise_conv_kernel.cpp", per_isa=True),
     Source("gelu.cpp"),
     Source("gelu_kernel.cpp", per_isa=True),
+    Source("row_kernels.cpp", per_isa=True),
 )
 
 # No -march=native: it would put the build machine's instructions into inline functions that nothing guards.

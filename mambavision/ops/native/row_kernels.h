@@ -1,0 +1,34 @@
+// What stands between two matrix products of the fused inference: work on rows that are still in the cache.
+#pragma once
+
+#include <stdint.h>
+
+namespace mambavision {
+
+enum class Activation { none, relu, gelu, gelu_tanh };
+
+// What becomes of a block of a product's sums: out = activation(row_scale * sums + bias) + residual, as bfloat16.
+struct Finish {
+  const float* bias = nullptr;       // one a column
+  const float* row_scale = nullptr;  // one a row
+  Activation activation = Activation::none;
+  const void* residual = nullptr;  // bfloat16
+  int64_t residual_stride = 0;     // strides in elements, from row to row
+  void* out = nullptr;             // bfloat16
+  int64_t out_stride = 0;
+};
+
+struct RowKernels {
+  void (*finish)(const float* sums, int64_t stride, int64_t rows, int64_t columns, const Finish& finish);
+  // Rows of `columns` bfloat16 from x (rows x_stride apart) to out (out_stride apart).
+  void (*layer_norm)(const void* x, int64_t x_stride, int64_t rows, int64_t columns, const float* weight,
+                     const float* bias, float eps, void* out, int64_t out_stride);
+  // out = exp(scale * (scores - the row's largest)) as bfloat16, zeros in columns up to `padded`; inverse_sums[row] is what
+  // the rows then have to be multiplied with. `scores` is overwritten.
+  void (*softmax)(float* scores, int64_t stride, int64_t rows, int64_t columns, int64_t padded, float scale, void* out,
+                  int64_t out_stride, float* inverse_sums);
+};
+
+extern const RowKernels row_kernels_baseline, row_kernels_avx2, row_kernels_avx512;
+
+}  // namespace mambavision
