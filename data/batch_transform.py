@@ -16,6 +16,7 @@ from data import keyed_random
 from data.batch import Batch
 from data.keyed_random import Draws
 from data.mixup import draw_mix, mix_images, soft_targets
+from data.native_library import loaded_library
 from mambavision.config import AugmentConfig
 
 ERASING_AREA = (0.02, 1 / 3)  # share of the image, as in timm
@@ -75,6 +76,12 @@ class BatchTransform:
                 for values in (self.mean, self.std)
             )
         mean, std = self._statistics[images.device]
+        library = loaded_library() if images.device.type == "cpu" else None
+        if library and images.shape[1] == 3 and images.is_contiguous(memory_format=torch.channels_last):
+            out = torch.empty_like(images, dtype=torch.float32)  # keeps channels_last
+            pixels = images.numel() // 3
+            library.loader_normalize(images.data_ptr(), out.data_ptr(), pixels, mean.data_ptr(), std.data_ptr())
+            return out
         return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
 
 

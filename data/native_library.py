@@ -89,6 +89,7 @@ SIGNATURES = {
     "loader_apply": (None, (c_void_p, c_int64, c_int64, c_double, c_int64, c_void_p)),
     "loader_resize": (c_int64, (c_void_p, *(c_int64,) * 9, c_void_p)),
     "loader_decode_whole": (c_int64, (c_void_p, c_int64)),
+    "loader_normalize": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
 }
 
 
@@ -110,6 +111,11 @@ def load_library() -> ctypes.CDLL:
             f"make them agree (apt install libjpeg-dev, or one conda environment) and delete {path}"
         )
     return library
+
+
+def loaded_library() -> ctypes.CDLL | None:
+    """The library if this process has loaded it already: for what is not worth compiling it."""
+    return load_library() if load_library.cache_info().currsize else None
 
 
 def _find_or_build() -> Path:

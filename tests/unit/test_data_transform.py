@@ -12,6 +12,7 @@ from data.batch import Batch
 from data.batch_transform import ERASING_LOG_RATIO, BatchTransform, erase, erasing_rectangles, inside
 from data.keyed_random import Draws
 from data.mixup import draw_mix, mix_images, soft_targets
+from data.native_library import NativeUnavailable, load_library, loaded_library
 from mambavision.config import AugmentConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -139,3 +140,18 @@ def test_lambda_is_beta_distributed(alpha):
     theirs = np.sort(np.random.default_rng(0).beta(alpha, alpha, 40_000))
     distance = np.abs(np.searchsorted(theirs, ours) / len(theirs) - (np.arange(1500) + 0.5) / 1500).max()
     assert distance < 1.63 * math.sqrt(1 / 1500 + 1 / 40_000)
+
+
+def test_the_native_library_normalises_to_the_same_bits():
+    try:
+        load_library()
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
+    assert loaded_library() is not None
+    for size in (1, 5, 24, 37):  # whole blocks of pixels, and what is left over
+        images = batch(3, size).images
+        mean, std = (torch.tensor([255.0 * v for v in values]).view(1, 3, 1, 1) for values in (MEAN, STD))
+        normalised = transform().evaluate(images)
+        assert torch.equal(normalised, images.float().sub_(mean).div_(std))
+        assert normalised.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(transform().evaluate(images.contiguous()), normalised), "another layout, by torch"
