@@ -11,6 +11,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from mambavision.models.backbone import MambaVision
 from mambavision.models.blocks import ConvBlock, TokenBlock
 from mambavision.models.mixer import MambaVisionMixer
+from mambavision.models.packed_tokens import PackedTokenBlock, supports
+from mambavision.ops.token_inference import fused_inference_available
 
 # Parameters the scan reads in float32 whatever the precision of the rest.
 _KEPT_FLOAT32 = ("A_log", "D", "dt_proj.bias")
@@ -40,11 +42,20 @@ def fuse_for_inference(model: MambaVision, dtype: torch.dtype | None = None) -> 
     if isinstance(fused.head, nn.Linear) and isinstance(fused.norm, nn.BatchNorm2d):
         _fold_norm_into_head(fused)
     if dtype is not None:
+        if dtype == torch.bfloat16 and next(fused.parameters()).device.type == "cpu" and fused_inference_available():
+            _pack_token_blocks(fused)
         for name, parameter in fused.named_parameters():
             if not name.endswith(_KEPT_FLOAT32):
                 parameter.data = parameter.data.to(dtype)
         fused.patch_embed.register_forward_pre_hook(_InputCast(dtype))
     return fused.requires_grad_(False)
+
+
+def _pack_token_blocks(model: MambaVision) -> None:
+    for level in model.levels:
+        for name, block in list(level.blocks.named_children()):
+            if isinstance(block, TokenBlock) and supports(block):
+                level.blocks.set_submodule(name, PackedTokenBlock(block))
 
 
 class _InputCast:

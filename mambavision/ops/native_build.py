@@ -46,6 +46,7 @@ SOURCES = (
     Source("gelu.cpp"),
     Source("gelu_kernel.cpp", per_isa=True),
     Source("row_kernels.cpp", per_isa=True),
+    Source("token_inference.cpp"),
 )
 
 # No -march=native: it would put the build machine's instructions into inline functions that nothing guards.

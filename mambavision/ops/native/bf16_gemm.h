@@ -11,8 +11,9 @@ namespace mambavision {
 
 using c10::BFloat16;
 
-// A weight (columns, inner) of a linear layer, cut into blocks of columns: (blocks, inner / 2, block, 2), so that a pair of
-// consecutive inner elements of a column lies together, as the matrix units want it.
+// A weight (columns, inner) of a linear layer, cut into blocks of columns: (blocks, inner / 2, 2 block), so that a pair of
+// consecutive inner elements of a column lies together, as the matrix units want it. Not of four dimensions, which
+// module.to(memory_format=torch.channels_last) would reorder.
 struct PackedWeight {
   const BFloat16* data;
   int64_t blocks, inner, block;
@@ -21,9 +22,9 @@ struct PackedWeight {
       : data(packed.const_data_ptr<BFloat16>()),
         blocks(packed.size(0)),
         inner(2 * packed.size(1)),
-        block(packed.size(2)) {
-    TORCH_CHECK(packed.dim() == 4 && packed.size(3) == 2 && packed.is_contiguous() && packed.is_cpu(),
-                "a packed weight is (blocks, inner / 2, block, 2), got ", packed.sizes());
+        block(packed.size(2) / 2) {
+    TORCH_CHECK(packed.dim() == 3 && packed.is_contiguous() && packed.is_cpu(),
+                "a packed weight is (blocks, inner / 2, 2 block), got ", packed.sizes());
   }
   int64_t columns() const { return blocks * block; }
   const BFloat16* at(int64_t index) const { return data + index * inner * block; }

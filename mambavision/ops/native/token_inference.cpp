@@ -1,0 +1,249 @@
+// Token blocks for inference in bfloat16, each one operator: x + mixer(LN(x)), x + attention(LN(x)), x + mlp(LN(x)).
+//
+// A thread takes a window (or, for the MLP, a tile of rows) through all steps while it lies in the second-level cache; only x
+// is read from memory and only the result written. Products are summed in float32. Layer scales are in the weights.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "bf16_gemm.h"
+#include "depthwise_conv_kernel.h"
+#include "isa.h"
+#include "scan_kernel.h"
+#include "scratch.h"
+
+namespace mambavision {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kMlpRows = 112;       // of a tile: enough for the matrix units, few enough for the cache
+constexpr int64_t kAttentionRows = 64;  // of scores at once
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+const RowKernels& row_kernels() { return ISA_TABLE(row_kernels); }
+
+const float* floats(const Tensor& tensor) {
+  TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous(), "expected contiguous float32");
+  return tensor.const_data_ptr<float>();
+}
+
+// Windows (b, L, C) of bfloat16 on the CPU, for inference only.
+Tensor checked(const Tensor& x, int64_t channels) {
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.scalar_type() == at::kBFloat16 && x.is_cpu() && x.size(2) == channels,
+                    "fused inference takes bfloat16 tokens (windows, tokens, ", channels, ") on the CPU, got ",
+                    x.scalar_type(), " ", x.sizes());
+  TORCH_CHECK(!(at::GradMode::is_enabled() && x.requires_grad()),
+              "a model made by fuse_for_inference has no backward; use the model it was made from, or torch.no_grad()");
+  return x.contiguous();
+}
+
+struct Norm {  // weight and bias, (2, C)
+  const float *weight, *bias;
+  int64_t channels;
+  float eps;
+
+  Norm(const Tensor& parameters, double eps)
+      : weight(floats(parameters)), bias(weight + parameters.size(1)), channels(parameters.size(1)), eps(eps) {}
+  void apply(const BFloat16* x, int64_t rows, BFloat16* out) const {
+    row_kernels().layer_norm(x, channels, rows, channels, weight, bias, eps, out, channels);
+  }
+};
+
+Finish into(BFloat16* out, int64_t stride, const float* bias = nullptr) {
+  Finish finish;
+  finish.bias = bias, finish.out = out, finish.out_stride = stride;
+  return finish;
+}
+
+Finish added_to(const BFloat16* residual, BFloat16* out, int64_t stride, const float* bias = nullptr) {
+  Finish finish = into(out, stride, bias);
+  finish.residual = residual, finish.residual_stride = stride;
+  return finish;
+}
+
+Tensor mlp_inference(const Tensor& x_in, const Tensor& norm_in, double eps, const Tensor& up_in, const Tensor& up_bias,
+                     const Tensor& down_in, const Tensor& down_bias) {
+  const PackedWeight up(up_in), down(down_in);
+  const Norm norm(norm_in, eps);
+  const Tensor x = checked(x_in, norm.channels), y = at::empty_like(x);
+  const int64_t channels = norm.channels, hidden = up.columns(), rows = x.size(0) * x.size(1);
+  TORCH_CHECK(up.inner == channels && down.inner == hidden && down.columns() == channels, "the weights do not fit");
+  if (rows == 0) return y;
+  const BFloat16* from = x.const_data_ptr<BFloat16>();
+  BFloat16* to = y.data_ptr<BFloat16>();
+  const int64_t tiles = divide_up(rows, std::min(kMlpRows, divide_up(rows, at::get_num_threads())));
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    const MatrixUnits units;
+    const int64_t most = divide_up(rows, tiles);
+    Scratch scratch;
+    BFloat16 *normalised, *activated;
+    float* sums;
+    scratch.reserve(normalised, most * channels, activated, most * hidden, sums, most * std::max(up.block, down.block));
+    for (int64_t tile = begin; tile < end; tile++) {
+      const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
+      norm.apply(from + first * channels, count, normalised);
+      Finish gelu = into(activated, hidden, floats(up_bias));
+      gelu.activation = Activation::gelu;
+      linear(count, normalised, channels, up, row_kernels(), gelu, sums);
+      linear(count, activated, hidden, down, row_kernels(),
+             added_to(from + first * channels, to + first * channels, channels, floats(down_bias)), sums);
+    }
+  });
+  return y;
+}
+
+// One head's keys (tokens, width; stride apart) as the right factor of queries x keys^T: (width / 2, padded tokens, 2).
+void pack_keys(const BFloat16* keys, int64_t stride, int64_t tokens, int64_t padded, int64_t width, BFloat16* packed) {
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t pair = 0; pair < width / 2; pair++)
+      std::memcpy(packed + (pair * padded + t) * 2, keys + t * stride + pair * 2, 2 * sizeof(BFloat16));
+}
+
+// One head's values as the right factor of weights x values: (padded tokens / 2, padded width, 2); padding is left alone.
+void pack_values(const BFloat16* values, int64_t stride, int64_t tokens, int64_t width, int64_t padded_width,
+                 BFloat16* packed) {
+  for (int64_t t = 0; t < tokens; t++) {
+    BFloat16* row = packed + (t / 2) * 2 * padded_width + t % 2;
+    for (int64_t c = 0; c < width; c++) row[2 * c] = values[t * stride + c];
+  }
+}
+
+Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps, const Tensor& qkv_in,
+                           const Tensor& qkv_bias, const Tensor& proj_in, const Tensor& proj_bias, int64_t heads) {
+  const PackedWeight qkv_weight(qkv_in), proj(proj_in);
+  const Norm norm(norm_in, eps);
+  const Tensor x = checked(x_in, norm.channels), y = at::empty_like(x);
+  const int64_t channels = norm.channels, tokens = x.size(1), width = channels / heads;
+  TORCH_CHECK(qkv_weight.inner == channels && qkv_weight.columns() == 3 * channels && proj.inner == channels &&
+                  proj.columns() == channels && channels % heads == 0 && width % 2 == 0,
+              "the weights do not fit");
+  const int64_t padded = round_up(tokens, 32), padded_width = round_up(width, 16);
+  const int64_t chunks = divide_up(tokens, kAttentionRows), chunk_rows = divide_up(tokens, chunks);
+  const float scale = 1.0f / std::sqrt((float)width);
+  at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+    const MatrixUnits units;
+    Scratch scratch;
+    BFloat16 *normalised, *qkv, *keys, *values, *weights;
+    float *sums, *inverse;
+    scratch.reserve(normalised, tokens * channels, qkv, tokens * 3 * channels, keys, width * padded, values,
+                    padded * padded_width, weights, chunk_rows * padded, sums,
+                    std::max(tokens * std::max(qkv_weight.block, proj.block), chunk_rows * std::max(padded, padded_width)),
+                    inverse, chunk_rows);
+    std::memset(keys, 0, width * padded * sizeof(BFloat16));
+    std::memset(values, 0, padded * padded_width * sizeof(BFloat16));
+    BFloat16* mixed = normalised;  // no longer needed by then
+    for (int64_t window = begin; window < end; window++) {
+      const BFloat16* from = x.const_data_ptr<BFloat16>() + window * tokens * channels;
+      norm.apply(from, tokens, normalised);
+      linear(tokens, normalised, channels, qkv_weight, row_kernels(), into(qkv, 3 * channels, floats(qkv_bias)), sums);
+      for (int64_t head = 0; head < heads; head++) {
+        const BFloat16* queries = qkv + head * width;
+        pack_keys(queries + channels, 3 * channels, tokens, padded, width, keys);
+        pack_values(queries + 2 * channels, 3 * channels, tokens, width, padded_width, values);
+        for (int64_t first = 0; first < tokens; first += chunk_rows) {
+          const int64_t rows = std::min(chunk_rows, tokens - first);
+          multiply(rows, padded, width, queries + first * 3 * channels, 3 * channels, keys, padded, sums, padded);
+          row_kernels().softmax(sums, padded, rows, tokens, padded, scale, weights, padded, inverse);
+          multiply(rows, padded_width, padded, weights, padded, values, padded_width, sums, padded_width);
+          Finish normalise = into(mixed + first * channels + head * width, channels);
+          normalise.row_scale = inverse;
+          row_kernels().finish(sums, padded_width, rows, width, normalise);
+        }
+      }
+      linear(tokens, mixed, channels, proj, row_kernels(),
+             added_to(from, y.data_ptr<BFloat16>() + window * tokens * channels, channels, floats(proj_bias)), sums);
+    }
+  });
+  return y;
+}
+
+// x_proj gives each token (dt, zeros up to a multiple of 32, B, C); `taps` is (2, 3, padded channels) for x and z; `table` is
+// (padded states + 3, padded channels): A log2(e), its magnitude, D, and the step's bias.
+Tensor mixer_inference(const Tensor& x_in, const Tensor& norm_in, double eps, const Tensor& in_proj_in,
+                       const Tensor& taps, const Tensor& x_proj_in, const Tensor& dt_proj_in, const Tensor& table,
+                       const Tensor& out_proj_in, int64_t states) {
+  const PackedWeight in_proj(in_proj_in), x_proj(x_proj_in), dt_proj(dt_proj_in), out_proj(out_proj_in);
+  const Norm norm(norm_in, eps);
+  const Tensor x = checked(x_in, norm.channels), y = at::empty_like(x);
+  const int64_t channels = norm.channels, half = channels / 2, tokens = x.size(1), rank = dt_proj.inner;
+  const int64_t dbc_width = x_proj.columns();
+  TORCH_CHECK(in_proj.inner == channels && in_proj.columns() == channels && x_proj.inner == half &&
+                  dbc_width >= rank + 2 * states && dt_proj.columns() == half && out_proj.inner == channels &&
+                  out_proj.columns() == channels,
+              "the weights do not fit");
+  const ScanKernels& scan_kernels = ISA_TABLE(scan_kernels);
+  const TokenConvKernels& conv_kernels = ISA_TABLE(token_conv_kernels);
+
+  ScanProblem scan{};
+  scan.batch = 1, scan.tokens = tokens, scan.channels = half, scan.states = states;
+  scan.tiles = divide_up(tokens, kTileTokens);
+  scan.padded_states = round_up(states, kStatePad), scan.padded_channels = round_up(half, kChannelPad);
+  TORCH_CHECK(table.size(0) == scan.padded_states + 3 && table.size(1) == scan.padded_channels, "the table does not fit");
+  scan.channels_are_bfloat16 = scan.states_are_bfloat16 = true;
+  scan.A_log2e = floats(table);
+  scan.A_magnitude = scan.A_log2e + scan.padded_states * scan.padded_channels;
+  scan.D = scan.A_magnitude + scan.padded_channels, scan.bias = scan.D + scan.padded_channels;
+  const Range all_blocks = {0, divide_up(half, scan_kernels.lanes)};
+
+  TokenConv conv{};
+  conv.tokens = tokens, conv.channels = half, conv.first_tap = -1, conv.silu = conv.bfloat16 = true;
+  conv.tap_stride = taps.size(2);
+  at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+    const MatrixUnits units;
+    Scratch scratch;
+    BFloat16 *normalised, *projected, *u, *dbc, *delta, *joined;
+    float* sums;
+    const int64_t widest = std::max({in_proj.block, x_proj.block, dt_proj.block, out_proj.block});
+    scratch.reserve(normalised, tokens * channels, projected, tokens * channels, u, tokens * half, dbc,
+                    tokens * dbc_width, delta, tokens * half, joined, tokens * channels, sums, tokens * widest);
+    for (int64_t window = begin; window < end; window++) {
+      const BFloat16* from = x.const_data_ptr<BFloat16>() + window * tokens * channels;
+      norm.apply(from, tokens, normalised);
+      linear(tokens, normalised, channels, in_proj, row_kernels(), into(projected, channels), sums);
+      auto convolve = [&](int64_t branch, BFloat16* out, int64_t stride) {
+        TokenConv one = conv;
+        one.taps = floats(taps) + branch * kTaps * conv.tap_stride;
+        one.x = {projected + branch * half, 0, channels}, one.y = {out, 0, stride};
+        conv_kernels.forward(one, 0, {0, tokens});
+      };
+      convolve(0, u, half);
+      convolve(1, joined + half, channels);
+      linear(tokens, u, half, x_proj, row_kernels(), into(dbc, dbc_width), sums);
+      linear(tokens, dbc, dbc_width, dt_proj, row_kernels(), into(delta, half), sums);
+      ScanProblem p = scan;
+      p.u = {u, 0, half}, p.delta = {delta, 0, half}, p.y = {joined, 0, channels};
+      p.B = {dbc + rank, 0, dbc_width}, p.C = {dbc + rank + states, 0, dbc_width};
+      scan_kernels.forward(p, 0, all_blocks);
+      linear(tokens, joined, channels, out_proj, row_kernels(),
+             added_to(from, y.data_ptr<BFloat16>() + window * tokens * channels, channels), sums);
+    }
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace mambavision
+
+TORCH_LIBRARY_FRAGMENT(mambavision, library) {
+  library.def(
+      "mlp_inference(Tensor x, Tensor norm, float eps, Tensor up, Tensor up_bias, Tensor down, Tensor down_bias) -> Tensor");
+  library.def(
+      "attention_inference(Tensor x, Tensor norm, float eps, Tensor qkv, Tensor qkv_bias, Tensor proj, Tensor proj_bias, "
+      "int heads) -> Tensor");
+  library.def(
+      "mixer_inference(Tensor x, Tensor norm, float eps, Tensor in_proj, Tensor taps, Tensor x_proj, Tensor dt_proj, "
+      "Tensor table, Tensor out_proj, int states) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
+  library.impl("mlp_inference", mambavision::mlp_inference);
+  library.impl("attention_inference", mambavision::attention_inference);
+  library.impl("mixer_inference", mambavision::mixer_inference);
+}

@@ -1,0 +1,66 @@
+"""Fused token blocks for inference in bfloat16 on CPUs: how their weights are packed, and whether they can run here.
+
+The operators (`native/token_inference.cpp`) are torch.ops.mambavision.{mlp,attention,mixer}_inference.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambavision.ops.native_build import load_native
+
+LOG2_E = 1.4426950408889634
+_LANES = 16  # per-channel tables are padded to the widest vector
+_STATE_PAD = 8
+_BLOCKS = (64, 48, 80, 96, 112, 128, 32, 16)  # columns of a product done at once, best first
+
+
+def fused_inference_available() -> bool:
+    """Whether the compiled kernels are there; a failed build has then said why."""
+    if load_native() is None:
+        return False
+    _register_shapes()
+    return True
+
+
+def column_block(columns: int) -> int | None:
+    """How many columns of a weight lie together; None where their number is no multiple of 16."""
+    return next((block for block in _BLOCKS if columns % block == 0), None)
+
+
+def pack_weight(weight: Tensor, inner: int | None = None) -> Tensor:
+    """A linear layer's weight (columns, inner) as the matrix units read it: (blocks, inner / 2, 2 block), bfloat16.
+
+    inner: zero-padded up to this.
+    """
+    columns, width = weight.shape
+    inner = width if inner is None else inner
+    block = column_block(columns)
+    assert block is not None and inner % 2 == 0
+    padded = F.pad(weight.to(torch.bfloat16), (0, inner - width))
+    return padded.view(columns // block, block, inner // 2, 2).transpose(1, 2).flatten(2).contiguous()
+
+
+def pack_taps(*weights: Tensor) -> Tensor:
+    """Depthwise weights (channels, 1, taps) as (branches, taps, padded channels), float32."""
+    taps = torch.stack([weight.float().squeeze(1).t() for weight in weights])
+    return F.pad(taps, (0, -taps.shape[2] % _LANES)).contiguous()
+
+
+def scan_table(A: Tensor, D: Tensor, delta_bias: Tensor) -> Tensor:
+    """The scan's parameters, float32 (padded states + 3, padded channels): A log2(e), its magnitude, D, bias."""
+    channels, states = A.shape
+    scaled = F.pad((A.float() * LOG2_E).t(), (0, 0, 0, -states % _STATE_PAD))
+    table = torch.cat((scaled, scaled.abs().amax(0, keepdim=True), D.float()[None], delta_bias.float()[None]))
+    return F.pad(table, (0, -channels % _LANES)).contiguous()
+
+
+@cache
+def _register_shapes() -> None:
+    """What torch.compile and torch.export know of the operators without running them."""
+    for name in ("mlp", "attention", "mixer"):
+        torch.library.register_fake(f"mambavision::{name}_inference", lambda x, *_: torch.empty_like(x))
