@@ -17,8 +17,6 @@ whole number.
 
 from __future__ import annotations
 
-import gc
-import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -60,11 +58,6 @@ def _set_num_threads(cls: type[Compiler], count: int) -> None:
 
 # FFCV would set torch's thread count for the whole process as well, in each epoch: that belongs to trainer.threads.
 Compiler.set_num_threads = classmethod(_set_num_threads)
-
-
-# A forked process (a worker of another loader) must not finalise decoders that it inherited: their threads stayed
-# behind, and joining them would wait for ever.
-os.register_at_fork(after_in_child=gc.freeze)
 
 
 class LeanMemoryMap(OSCacheManager):

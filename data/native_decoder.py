@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,7 @@ class KeyedDecoder(Operation):
     ):
         super().__init__()
         self._library = load_library()
+        self._process = os.getpid()
         self._settings = Settings(num_samples=num_samples, failures=self._library.loader_new_log())
         self._num_threads = num_threads
         self._pool: int | None = None
@@ -95,7 +97,8 @@ class KeyedDecoder(Operation):
             self._settings.substitute = 1
 
     def __del__(self) -> None:
-        if settings := getattr(self, "_settings", None):
+        # In a forked process (another loader's worker) the decoder's threads are missing: joining them would never end.
+        if (settings := getattr(self, "_settings", None)) and self._process == os.getpid():
             self._library.loader_delete_log(settings.failures)
             if self._pool is not None:
                 self._library.loader_delete_pool(self._pool)

@@ -221,7 +221,7 @@ void loader_delete_log(FailureLog *log) { delete log; }
 int64_t loader_take_failures(FailureLog *log, int64_t *out, int64_t room) {
     const std::lock_guard<std::mutex> guard(log->mutex);
     const int64_t count = std::min(room, (int64_t)log->entries.size());
-    memcpy(out, log->entries.data(), count * sizeof(FailureLog::Entry));
+    if (count) memcpy(out, log->entries.data(), count * sizeof(FailureLog::Entry));
     log->entries.erase(log->entries.begin(), log->entries.begin() + count);
     return count;
 }

@@ -287,6 +287,18 @@ def test_data_that_is_not_there_is_answered_with_advice(settings, advice):
         train_loader(DataConfig(**settings))
 
 
+def test_an_epoch_through_ffcv_leaves_torchs_threads_alone(config):
+    """FFCV sets torch's thread count for the whole process in each epoch."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        train(config("ffcv", num_workers=1))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow  # imports torch and numba once more
 def test_building_an_ffcv_loader_leaves_torchs_threads_alone():
     """Training on .beton files used one core: importing ffcv had set torch's thread count to 1."""
     program = (

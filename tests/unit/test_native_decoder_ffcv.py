@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -122,3 +124,23 @@ def test_a_loader_starts_without_compiling(betons, monkeypatch):
     decoder = KeyedDecoder(plan(), num_samples=COUNT, path=betons[0])
     monkeypatch.setattr("ffcv.memory_managers.os_cache.OSCacheManager.compile_reader", lambda manager: None)
     assert len(epoch(betons[0], decoder, workers=2, order=np.arange(COUNT, dtype=np.uint64))) == COUNT
+
+
+def test_a_forked_process_drops_a_decoder_that_it_inherited(betons):
+    """Workers of a folder loader hung: they waited for decoder threads that exist in their parent alone."""
+    decoder = KeyedDecoder(plan(), num_samples=COUNT, path=betons[0], num_threads=3)
+    expected = epoch(betons[0], decoder, workers=2, order=np.arange(COUNT, dtype=np.uint64))
+
+    def child() -> None:
+        nonlocal decoder
+        del decoder
+        gc.collect()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(20)
+    process.kill()  # one that hangs
+    assert process.exitcode == 0
+    np.testing.assert_array_equal(
+        epoch(betons[0], decoder, workers=2, order=np.arange(COUNT, dtype=np.uint64)), expected
+    )
