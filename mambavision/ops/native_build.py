@@ -47,6 +47,7 @@ SOURCES = (
     Source("gelu_kernel.cpp", per_isa=True),
     Source("row_kernels.cpp", per_isa=True),
     Source("token_inference.cpp"),
+    Source("conv_inference.cpp"),
 )
 
 # No -march=native: it would put the build machine's instructions into inline functions that nothing guards.

@@ -1,0 +1,154 @@
+// What 3x3 convolutions of padded bfloat16 lines are made of: filters, the stretches they slide over, lines copied and padded.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "bf16_gemm.h"
+#include "isa.h"
+
+namespace mambavision {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kPositions = 64;  // rows of one product: whole tiles of the matrix units, sums in the first-level cache
+constexpr int64_t kTileRows = 32;   // the last product of a stretch has a multiple of so many rows
+constexpr int64_t kPixelPad = 32;   // channels of a padded pixel are a multiple of this: whole cache lines and tiles
+constexpr int64_t kSmallPixel = 8;  // unless they are so few: images
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+const RowKernels& row_kernels() { return ISA_TABLE(row_kernels); }
+
+int64_t padded_pixel(int64_t channels) {
+  return channels <= kSmallPixel ? kSmallPixel : round_up(channels, kPixelPad);
+}
+
+// A filter (blocks of columns; for each row of the filter three pixels' channels; columns of the block), see pack_filter.
+// A row's length is a multiple of kPixelPad: where pixels are small its zeros meet the pixel that comes next.
+struct Filter : PackedWeight {
+  const float* bias = nullptr;
+  int64_t channels, pixel, row_length, columns_used;
+
+  Filter(const Tensor& packed, const Tensor& bias_in, int64_t channels)
+      : PackedWeight(packed),
+        channels(channels),
+        pixel(padded_pixel(channels)),
+        row_length(round_up(3 * pixel, kPixelPad)),
+        columns_used(bias_in.numel()) {
+    TORCH_CHECK(packed.scalar_type() == at::kBFloat16 && inner == 3 * row_length, "the filter is not one for ",
+                channels, " channels: ", packed.sizes());
+    TORCH_CHECK(bias_in.scalar_type() == at::kFloat && bias_in.is_contiguous() && columns_used <= columns(),
+                "a filter's bias is float32, one an output channel");
+    bias = bias_in.const_data_ptr<float>();
+  }
+  const BFloat16* row(int64_t index, int64_t filter_row) const { return at(index) + filter_row * row_length * block; }
+};
+
+// What a filter slides over: position p has the pixels under row r of the filter at rows[r] + p * step. A line of the
+// output is `line` positions, of which the first `width` count; the others straddle the edge and are dropped.
+struct Stretch {
+  const BFloat16* rows[3];
+  int64_t step, line, width, lines;
+};
+
+// Where the output goes: elements from line to line and from pixel to pixel.
+struct Target {
+  BFloat16* out;
+  int64_t line, pixel;
+  Activation activation = Activation::none;
+  const BFloat16* residual = nullptr;
+  int64_t residual_line = 0, residual_pixel = 0;
+};
+
+void finish_positions(const float* sums, int64_t first, int64_t count, const Stretch& stretch, const Filter& filter,
+                      int64_t column, const Target& target) {
+  Finish finish;
+  finish.activation = target.activation;
+  finish.bias = filter.bias + column;
+  finish.out_stride = target.pixel, finish.residual_stride = target.residual_pixel;
+  const int64_t columns = std::min(filter.block, filter.columns_used - column);
+  for (int64_t y = first / stretch.line; y * stretch.line < first + count && y < stretch.lines; y++) {
+    const int64_t from = std::max(first - y * stretch.line, int64_t{0});
+    const int64_t to = std::min(first + count - y * stretch.line, stretch.width);
+    if (from >= to) continue;
+    finish.out = target.out + y * target.line + from * target.pixel + column;
+    if (target.residual)
+      finish.residual = target.residual + y * target.residual_line + from * target.residual_pixel + column;
+    const float* line = sums + (y * stretch.line + from - first) * filter.block;
+    row_kernels().finish(line, filter.block, to - from, columns, finish);
+  }
+}
+
+// Positions beyond the last line are computed up to a whole number of tiles and dropped; for them `slack` elements follow
+// each map. Several stretches share a block of columns' weights while those are in the cache.
+void convolve(const Stretch* stretches, const Target* targets, int64_t count, const Filter& filter, float* sums) {
+  for (int64_t i = 0; i < filter.blocks && i * filter.block < filter.columns_used; i++)
+    for (int64_t s = 0; s < count; s++) {
+      const Stretch& stretch = stretches[s];
+      const int64_t positions = (stretch.lines - 1) * stretch.line + stretch.width;
+      for (int64_t first = 0; first < positions; first += kPositions) {
+        const int64_t live = std::min(kPositions, positions - first);
+        for (int r = 0; r < 3; r++)
+          multiply(round_up(live, kTileRows), filter.block, filter.row_length, stretch.rows[r] + first * stretch.step,
+                   stretch.step, filter.row(i, r), filter.block, sums, filter.block, /*accumulate=*/r > 0);
+        finish_positions(sums, first, live, stretch, filter, i * filter.block, targets[s]);
+      }
+    }
+}
+
+void convolve(const Stretch& stretch, const Filter& filter, const Target& target, float* sums) {
+  convolve(&stretch, &target, 1, filter, sums);
+}
+
+int64_t slack(int64_t pixel) { return 2 * (kTileRows + 3) * pixel + kPixelPad; }
+
+// Maps to read from: elements from image to image, line to line, pixel to pixel, channel to channel.
+struct Source {
+  const void* data;
+  bool is_float;
+  int64_t channels, height, width, image, line, pixel, channel;
+
+  explicit Source(const Tensor& x)
+      : data(x.const_data_ptr()),
+        is_float(x.scalar_type() == at::kFloat),
+        channels(x.size(1)),
+        height(x.size(2)),
+        width(x.size(3)),
+        image(x.stride(0)),
+        line(x.stride(2)),
+        pixel(x.stride(3)),
+        channel(x.stride(1)) {}
+};
+
+template <class T>
+void gather_pixels(const T* from, const Source& source, BFloat16* to, int64_t pixel) {
+  for (int64_t x = 0; x < source.width; x++)
+    for (int64_t c = 0; c < source.channels; c++)
+      to[x * pixel + c] = static_cast<BFloat16>(from[x * source.pixel + c * source.channel]);
+}
+
+// Line y of an image, zeros where it is outside, to pixels `pixel` elements apart. Their padding stays as it is.
+void copy_line(const Source& source, int64_t image, int64_t y, BFloat16* to, int64_t pixel) {
+  if (y < 0 || y >= source.height) {
+    std::memset(static_cast<void*>(to), 0, source.width * pixel * sizeof(BFloat16));
+    return;
+  }
+  const int64_t offset = image * source.image + y * source.line;
+  if (source.is_float) return gather_pixels(static_cast<const float*>(source.data) + offset, source, to, pixel);
+  const BFloat16* from = static_cast<const BFloat16*>(source.data) + offset;
+  if (source.channel != 1) return gather_pixels(from, source, to, pixel);
+  if (source.pixel == pixel) {
+    std::memcpy(static_cast<void*>(to), from, source.width * pixel * sizeof(BFloat16));
+    return;
+  }
+  for (int64_t x = 0; x < source.width; x++)
+    std::memcpy(static_cast<void*>(to + x * pixel), from + x * source.pixel, source.channels * sizeof(BFloat16));
+}
+
+}  // namespace
+}  // namespace mambavision
