@@ -14,10 +14,10 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPositions = 64;  // rows of one product: whole tiles of the matrix units, sums in the first-level cache
-constexpr int64_t kTileRows = 32;   // the last product of a stretch has a multiple of so many rows
-constexpr int64_t kPixelPad = 32;   // channels of a padded pixel are a multiple of this: whole cache lines and tiles
-constexpr int64_t kSmallPixel = 8;  // unless they are so few: images
+constexpr int64_t kPositions = 128;  // rows of one product: whole tiles of the matrix units, sums near the first-level cache
+constexpr int64_t kTileRows = 32;    // the last product of a stretch has a multiple of so many rows
+constexpr int64_t kPixelPad = 32;    // channels of a padded pixel are a multiple of this: whole cache lines and tiles
+constexpr int64_t kSmallPixel = 8;   // unless they are so few: images
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
