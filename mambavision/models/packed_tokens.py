@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mambavision.models.attention import Attention
 from mambavision.models.blocks import Mlp, TokenBlock
 from mambavision.models.mixer import MambaVisionMixer
-from mambavision.ops.token_inference import column_block, pack_taps, pack_weight, scan_table
+from mambavision.ops.token_inference import pack_taps, pack_weight, scan_table
 
 
 class PackedTokenBlock(nn.Module):
@@ -82,7 +82,9 @@ class PackedMixer(nn.Module):
         self.register_buffer("taps", pack_taps(mixer.conv1d_x.weight, mixer.conv1d_z.weight))
         self.register_buffer("x_proj", pack_weight(F.pad(x_proj, (0, 0, 0, -x_proj.shape[0] % 16))))
         self.register_buffer("dt_proj", pack_weight(mixer.dt_proj.weight, inner=rank))
-        self.register_buffer("table", scan_table(-torch.exp(mixer.A_log.float()), mixer.D, 2 * mixer.dt_proj.bias.float()))
+        self.register_buffer(
+            "table", scan_table(-torch.exp(mixer.A_log.float()), mixer.D, 2 * mixer.dt_proj.bias.float())
+        )
         self.register_buffer("out_proj", pack_weight(mixer.out_proj.weight))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -101,15 +103,15 @@ class PackedMixer(nn.Module):
 
 
 def supports(block: TokenBlock) -> bool:
-    """Whether the operators cover it: the published mixer or attention, widths that are multiples of 32."""
+    """Whether the operators cover it: the published mixer or attention, no layer scale left, widths of whole vectors."""
     mixer = block.mixer
-    known = mixer.kind == "concat" if isinstance(mixer, MambaVisionMixer) else isinstance(mixer, Attention)
-    scaled = block.gamma_1 is not None or block.gamma_2 is not None
-    columns = [layer.weight.shape[0] for layer in block.modules() if isinstance(layer, nn.Linear)]
-    widths_fit = column_block(block.mlp.fc2.out_features // 2) is not None and all(
-        column_block(n) is not None for n in columns if n != getattr(mixer, "dt_rank", 0) + 2 * getattr(mixer, "state_size", 0)
-    )
-    return known and not scaled and type(block.mlp) is Mlp and widths_fit
+    if isinstance(mixer, MambaVisionMixer):
+        known, unit = mixer.kind == "concat", 32  # half the width is worked on by itself
+    else:
+        known, unit = isinstance(mixer, Attention) and mixer.qkv.in_features // mixer.num_heads % 2 == 0, 16
+    widths = (block.norm1.normalized_shape[0], block.mlp.fc1.out_features)
+    unscaled = block.gamma_1 is None and block.gamma_2 is None
+    return known and unscaled and type(block.mlp) is Mlp and all(width % unit == 0 for width in widths)
 
 
 def _norm(norm: nn.LayerNorm) -> Tensor:

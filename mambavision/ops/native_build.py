@@ -53,12 +53,13 @@ SOURCES = (
 # No -march=native: it would put the build machine's instructions into inline functions that nothing guards.
 # No -ffast-math: its re-association removes the rounding tricks of the exponential, fast and wrong.
 COMPILE_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
-_AVX512_FLAGS = ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_AVX512_FLAGS = ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 ISA_FLAGS = {
     "x86_64": {
         "baseline": (),
         "avx2": ("-mavx2", "-mfma"),
-        "avx512": (*_AVX512_FLAGS, "-mprefer-vector-width=512"),
+        "avx512": _AVX512_FLAGS,
+        "avx512bf16": (*_AVX512_FLAGS, "-mavx512bf16"),
     },
 }
 

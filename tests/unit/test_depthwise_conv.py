@@ -145,7 +145,7 @@ def test_second_derivative_is_refused():
 
 @needs_native
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_of_this_machine_agrees(isa: str):
     program = """
 import torch

@@ -27,7 +27,8 @@ struct PackedWeight {
                 "a packed weight is (blocks, inner / 2, 2 block), got ", packed.sizes());
   }
   int64_t columns() const { return blocks * block; }
-  const BFloat16* at(int64_t index) const { return data + index * inner * block; }
+  // A block of columns, from this inner element (an even one) on.
+  const BFloat16* at(int64_t index, int64_t first = 0) const { return data + (index * inner + first) * block; }
 };
 
 // sums (rows, columns; stride apart) = or += A (rows, inner; lda apart) x B, B as (inner / 2, columns, 2) with ldb columns.
@@ -43,17 +44,25 @@ struct MatrixUnits {
   ~MatrixUnits() { at::native::cpublas::brgemm_release(/*is_vnni=*/true); }
 };
 
-// out = finish(A x weight), block by block of columns; `sums` has room for rows x block floats.
+constexpr int64_t kProductRows = 224;  // fewer would read the weight too often, more would not fit beside it in the cache
+
+// out = finish(A x weight), one block of columns after the other: all of them, or `count` from `first` on, whose first column
+// is then the first of `finish`. `sums` has room for kProductRows x block floats.
 inline void linear(int64_t rows, const BFloat16* A, int64_t lda, const PackedWeight& weight, const RowKernels& kernels,
-                   const Finish& finish, float* sums) {
-  for (int64_t i = 0; i < weight.blocks; i++) {
-    multiply(rows, weight.block, weight.inner, A, lda, weight.at(i), weight.block, sums, weight.block);
+                   const Finish& finish, float* sums, int64_t first = 0, int64_t count = -1) {
+  if (count < 0) count = weight.blocks;
+  for (int64_t i = 0; i < count; i++) {
     const int64_t column = i * weight.block;
-    Finish part = finish;
-    if (part.bias) part.bias += column;
-    if (part.residual) part.residual = static_cast<const BFloat16*>(part.residual) + column;
-    part.out = static_cast<BFloat16*>(part.out) + column;
-    kernels.finish(sums, weight.block, rows, weight.block, part);
+    for (int64_t row = 0; row < rows; row += kProductRows) {
+      const int64_t some = rows - row < kProductRows ? rows - row : kProductRows;
+      multiply(some, weight.block, weight.inner, A + row * lda, lda, weight.at(first + i), weight.block, sums, weight.block);
+      Finish part = finish;
+      if (part.bias) part.bias += column;
+      if (part.residual)
+        part.residual = static_cast<const BFloat16*>(part.residual) + row * part.residual_stride + column;
+      part.out = static_cast<BFloat16*>(part.out) + row * part.out_stride + column;
+      kernels.finish(sums, weight.block, some, weight.block, part);
+    }
   }
 }
 

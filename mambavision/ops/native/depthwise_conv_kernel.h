@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace mambavision {
 
 constexpr int kTaps = 3;
@@ -34,6 +36,6 @@ struct TokenConvKernels {
   void (*backward)(const TokenConv& conv, int64_t batch, TokenRange tokens, float* dtaps);
 };
 
-extern const TokenConvKernels token_conv_kernels_baseline, token_conv_kernels_avx2, token_conv_kernels_avx512;
+ISA_DECLARE(TokenConvKernels, token_conv_kernels);
 
 }  // namespace mambavision

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace mambavision {
 
 // Arrays of `count` float32 or bfloat16 elements; tanh_form picks the approximation that PyTorch calls "tanh".
@@ -18,6 +20,6 @@ struct GeluKernels {
   void (*backward)(const Gelu& gelu, int64_t begin, int64_t end);
 };
 
-extern const GeluKernels gelu_kernels_baseline, gelu_kernels_avx2, gelu_kernels_avx512;
+ISA_DECLARE(GeluKernels, gelu_kernels);
 
 }  // namespace mambavision

@@ -3,9 +3,10 @@
 
 namespace mambavision {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512bf16 };
 
-// The best set this processor has, or what MAMBAVISION_ISA=baseline|avx2|avx512 asks for (an error where it has it not).
+// The best set this processor has, or what MAMBAVISION_ISA=baseline|avx2|avx512|avx512bf16 asks for (an error if it is not
+// there). All x86-64 compilers that can build torch extensions know these flags.
 Isa selected_isa();
 
 }  // namespace mambavision
@@ -17,11 +18,15 @@ Isa selected_isa();
 #define ISA_PASTE(name, isa) ISA_PASTE_(name, isa)
 #define ISA_SYMBOL(name) ISA_PASTE(name, NATIVE_ISA)
 
+// In a kernel's header: its tables, one for each instruction set. ISA_TABLE(name) is the one to use.
 #if defined(__x86_64__)
-#define ISA_TABLE(name)                                                              \
-  (::mambavision::selected_isa() == ::mambavision::Isa::avx512 ? name##_avx512       \
-   : ::mambavision::selected_isa() == ::mambavision::Isa::avx2 ? name##_avx2         \
-                                                               : name##_baseline)
+#define ISA_DECLARE(type, name) extern const type name##_baseline, name##_avx2, name##_avx512, name##_avx512bf16
+#define ISA_TABLE(name)                                                                  \
+  (::mambavision::selected_isa() == ::mambavision::Isa::avx512bf16 ? name##_avx512bf16   \
+   : ::mambavision::selected_isa() == ::mambavision::Isa::avx512   ? name##_avx512       \
+   : ::mambavision::selected_isa() == ::mambavision::Isa::avx2     ? name##_avx2         \
+                                                                   : name##_baseline)
 #else
+#define ISA_DECLARE(type, name) extern const type name##_baseline
 #define ISA_TABLE(name) (name##_baseline)
 #endif

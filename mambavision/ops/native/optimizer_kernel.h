@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace mambavision {
 
 struct LambChunk {
@@ -32,6 +34,6 @@ struct OptimizerKernels {
   void (*move_towards)(float* average, const float* value, float weight, int64_t size);  // a += weight * (value - a)
 };
 
-extern const OptimizerKernels optimizer_kernels_baseline, optimizer_kernels_avx2, optimizer_kernels_avx512;
+ISA_DECLARE(OptimizerKernels, optimizer_kernels);
 
 }  // namespace mambavision

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace mambavision {
 
 // Tokens are worked on in tiles small enough for a tile's states to stay in the first-level cache; the forward keeps the
@@ -48,6 +50,6 @@ struct ScanKernels {
   int64_t (*exponentials)(int64_t at_least);  // evaluates that many and returns how many: the bench's bound
 };
 
-extern const ScanKernels scan_kernels_baseline, scan_kernels_avx2, scan_kernels_avx512;
+ISA_DECLARE(ScanKernels, scan_kernels);
 
 }  // namespace mambavision

@@ -48,10 +48,14 @@ INLINE void store(float* to, Vec value) { memcpy(to, &value, sizeof value); }
 
 // Rounds to nearest even; a NaN stays one (the carry of the rounding could turn its bits into a zero's).
 INLINE void store(bfloat16* to, Vec value) {
+#if defined(__AVX512BF16__)
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+#else
   const Bits bits = (Bits)value;
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Bits result = value == value ? rounded : (bits >> 16) | 0x40u;
   const Halves halves = __builtin_convertvector(result, Halves);
+#endif
   memcpy(to, &halves, sizeof halves);
 }
 
@@ -100,10 +104,14 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kExponentLimit = 126.0f;
 
-// 2^(a*b) for |a*b| <= 126, relative error below 2e-7. The product is rounded once, inside the fused multiply-adds.
-// Adding `magic` leaves the rounded multiple of 1/32 (or of 1) in the low bits of the sum: table index and exponent.
-INLINE Vec exp2_product_bounded(Vec a, Vec b) {
 #if defined(__AVX512F__)
+// 2^(a*b) = power * 2^rest with |rest| <= 1/64. Adding `magic` leaves the rounded multiple of 1/32 in the low bits of the sum:
+// table index and exponent. The product is rounded once, inside the fused multiply-adds.
+struct Exp2Parts {
+  Vec power, rest;
+};
+
+INLINE Exp2Parts exp2_parts(Vec a, Vec b) {
   // kTable[j] = bits(2^(j/32)) - (j << 18), because (sum << 18) carries j there beside the exponent.
   alignas(64) static const uint32_t kTable[32] = {
       0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
@@ -112,18 +120,34 @@ INLINE Vec exp2_product_bounded(Vec a, Vec b) {
       0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
   const Vec magic = splat(393216.0f);  // 1.5 * 2^18: one unit in the last place is 1/32
   const Vec sum = a * b + magic;
-  const Vec rest = a * b - (sum - magic);  // in [-1/64, 1/64]
   const __m512i index = (__m512i)sum;
   const __m512i low = _mm512_load_si512(kTable), high = _mm512_load_si512(kTable + 16);
-  const Vec power = (Vec)((Bits)_mm512_permutex2var_epi32(low, index, high) + ((Bits)sum << 18));
-  return power + power * (rest * (0.693157344f + rest * 0.240226507f));
+  return {(Vec)((Bits)_mm512_permutex2var_epi32(low, index, high) + ((Bits)sum << 18)), a * b - (sum - magic)};
+}
+#endif
+
+// 2^(a*b) for |a*b| <= 126, relative error below 2e-7.
+INLINE Vec exp2_product_bounded(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  const Exp2Parts parts = exp2_parts(a, b);
+  return parts.power + parts.power * (parts.rest * (0.693157344f + parts.rest * 0.240226507f));
 #else
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: one unit in the last place is 1
+  const Vec magic = splat(12582912.0f);  // as above, but one unit in the last place is 1
   const Vec sum = a * b + magic;
   const Vec rest = a * b - (sum - magic);  // in [-1/2, 1/2]
   const Vec power = 1.0f + rest * (0.693147004f + rest * (0.240222424f + rest * (0.0555073358f +
                     rest * (0.00967151299f + rest * 0.00132647273f))));
   return (Vec)((Bits)power + ((Bits)sum << 23));
+#endif
+}
+
+// 2^(a*b) for |a*b| <= 126 where the result is rounded to bfloat16 soon: relative error below 6e-5 with AVX-512.
+INLINE Vec exp2_product_rough(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  const Exp2Parts parts = exp2_parts(a, b);
+  return parts.power + parts.power * (0.693147181f * parts.rest);
+#else
+  return exp2_product_bounded(a, b);
 #endif
 }
 
@@ -164,9 +188,23 @@ INLINE Vec sigmoid(Vec x, Vec z) {
 INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 INLINE float sum_lanes(Vec value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)value);
+#else
   float sum = 0;
   for (int lane = 0; lane < kLanes; lane++) sum += value[lane];
   return sum;
+#endif
+}
+
+INLINE float largest_lane(Vec value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)value);
+#else
+  float most = value[0];
+  for (int lane = 1; lane < kLanes; lane++) most = value[lane] > most ? value[lane] : most;
+  return most;
+#endif
 }
 
 // totals[i] = the sum of vectors[i]'s lanes, for 16 vectors.

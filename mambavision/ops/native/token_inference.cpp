@@ -21,7 +21,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kMlpRows = 112;       // of a tile: enough for the matrix units, few enough for the cache
+constexpr int64_t kMlpRows = 224;       // of a tile: a weight that was fetched serves enough of them
+constexpr int64_t kMlpColumns = 320;    // of the hidden layer at once: their weights stay near, for both products
+constexpr int64_t kGroupRows = 224;     // of the windows that a thread takes at once
 constexpr int64_t kAttentionRows = 64;  // of scores at once
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -68,6 +70,11 @@ Finish added_to(const BFloat16* residual, BFloat16* out, int64_t stride, const f
   return finish;
 }
 
+// Short windows go together, so that a weight that was fetched serves enough rows; but every thread gets some.
+int64_t windows_at_once(int64_t windows, int64_t tokens) {
+  return std::max<int64_t>(1, std::min(kGroupRows / tokens, windows / at::get_num_threads()));
+}
+
 Tensor mlp_inference(const Tensor& x_in, const Tensor& norm_in, double eps, const Tensor& up_in, const Tensor& up_bias,
                      const Tensor& down_in, const Tensor& down_bias) {
   const PackedWeight up(up_in), down(down_in);
@@ -81,19 +88,27 @@ Tensor mlp_inference(const Tensor& x_in, const Tensor& norm_in, double eps, cons
   const int64_t tiles = divide_up(rows, std::min(kMlpRows, divide_up(rows, at::get_num_threads())));
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     const MatrixUnits units;
-    const int64_t most = divide_up(rows, tiles);
+    const int64_t most = divide_up(rows, tiles), chunk_blocks = std::max<int64_t>(1, kMlpColumns / up.block);
+    const int64_t chunk = chunk_blocks * up.block;
     Scratch scratch;
     BFloat16 *normalised, *activated;
-    float* sums;
-    scratch.reserve(normalised, most * channels, activated, most * hidden, sums, most * std::max(up.block, down.block));
+    float *up_sums, *down_sums;
+    scratch.reserve(normalised, most * channels, activated, most * chunk, up_sums, most * up.block, down_sums,
+                    most * channels);
     for (int64_t tile = begin; tile < end; tile++) {
       const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
       norm.apply(from + first * channels, count, normalised);
-      Finish gelu = into(activated, hidden, floats(up_bias));
-      gelu.activation = Activation::gelu;
-      linear(count, normalised, channels, up, row_kernels(), gelu, sums);
-      linear(count, activated, hidden, down, row_kernels(),
-             added_to(from + first * channels, to + first * channels, channels, floats(down_bias)), sums);
+      for (int64_t block = 0; block < up.blocks; block += chunk_blocks) {
+        const int64_t blocks = std::min(chunk_blocks, up.blocks - block), column = block * up.block;
+        Finish gelu = into(activated, chunk, floats(up_bias) + column);
+        gelu.activation = Activation::gelu;
+        linear(count, normalised, channels, up, row_kernels(), gelu, up_sums, block, blocks);
+        for (int64_t i = 0; i < down.blocks; i++)
+          multiply(count, down.block, blocks * up.block, activated, chunk, down.at(i, column), down.block,
+                   down_sums + i * down.block, channels, /*accumulate=*/block > 0);
+      }
+      row_kernels().finish(down_sums, channels, count, channels,
+                           added_to(from + first * channels, to + first * channels, channels, floats(down_bias)));
     }
   });
   return y;
@@ -127,38 +142,41 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
   const int64_t padded = round_up(tokens, 32), padded_width = round_up(width, 16);
   const int64_t chunks = divide_up(tokens, kAttentionRows), chunk_rows = divide_up(tokens, chunks);
   const float scale = 1.0f / std::sqrt((float)width);
-  at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+  const int64_t group = windows_at_once(x.size(0), tokens), most = group * tokens;
+  at::parallel_for(0, divide_up(x.size(0), group), 1, [&](int64_t begin, int64_t end) {
     const MatrixUnits units;
     Scratch scratch;
     BFloat16 *normalised, *qkv, *keys, *values, *weights;
     float *sums, *inverse;
-    scratch.reserve(normalised, tokens * channels, qkv, tokens * 3 * channels, keys, width * padded, values,
+    scratch.reserve(normalised, most * channels, qkv, most * 3 * channels, keys, width * padded, values,
                     padded * padded_width, weights, chunk_rows * padded, sums,
-                    std::max(tokens * std::max(qkv_weight.block, proj.block), chunk_rows * std::max(padded, padded_width)),
+                    std::max(kProductRows * std::max(qkv_weight.block, proj.block), chunk_rows * std::max(padded, padded_width)),
                     inverse, chunk_rows);
     std::memset(keys, 0, width * padded * sizeof(BFloat16));
     std::memset(values, 0, padded * padded_width * sizeof(BFloat16));
     BFloat16* mixed = normalised;  // no longer needed by then
-    for (int64_t window = begin; window < end; window++) {
-      const BFloat16* from = x.const_data_ptr<BFloat16>() + window * tokens * channels;
-      norm.apply(from, tokens, normalised);
-      linear(tokens, normalised, channels, qkv_weight, row_kernels(), into(qkv, 3 * channels, floats(qkv_bias)), sums);
-      for (int64_t head = 0; head < heads; head++) {
-        const BFloat16* queries = qkv + head * width;
+    for (int64_t first = begin * group; first < std::min(end * group, x.size(0)); first += group) {
+      const int64_t windows = std::min(group, x.size(0) - first), rows = windows * tokens;
+      const BFloat16* from = x.const_data_ptr<BFloat16>() + first * tokens * channels;
+      norm.apply(from, rows, normalised);
+      linear(rows, normalised, channels, qkv_weight, row_kernels(), into(qkv, 3 * channels, floats(qkv_bias)), sums);
+      for (int64_t item = 0; item < windows * heads; item++) {
+        const int64_t offset = item / heads * tokens, column = item % heads * width;
+        const BFloat16* queries = qkv + offset * 3 * channels + column;
         pack_keys(queries + channels, 3 * channels, tokens, padded, width, keys);
         pack_values(queries + 2 * channels, 3 * channels, tokens, width, padded_width, values);
-        for (int64_t first = 0; first < tokens; first += chunk_rows) {
-          const int64_t rows = std::min(chunk_rows, tokens - first);
-          multiply(rows, padded, width, queries + first * 3 * channels, 3 * channels, keys, padded, sums, padded);
-          row_kernels().softmax(sums, padded, rows, tokens, padded, scale, weights, padded, inverse);
-          multiply(rows, padded_width, padded, weights, padded, values, padded_width, sums, padded_width);
-          Finish normalise = into(mixed + first * channels + head * width, channels);
+        for (int64_t row = 0; row < tokens; row += chunk_rows) {
+          const int64_t some = std::min(chunk_rows, tokens - row);
+          multiply(some, padded, width, queries + row * 3 * channels, 3 * channels, keys, padded, sums, padded);
+          row_kernels().softmax(sums, padded, some, tokens, padded, scale, weights, padded, inverse);
+          multiply(some, padded_width, padded, weights, padded, values, padded_width, sums, padded_width);
+          Finish normalise = into(mixed + (offset + row) * channels + column, channels);
           normalise.row_scale = inverse;
-          row_kernels().finish(sums, padded_width, rows, width, normalise);
+          row_kernels().finish(sums, padded_width, some, width, normalise);
         }
       }
-      linear(tokens, mixed, channels, proj, row_kernels(),
-             added_to(from, y.data_ptr<BFloat16>() + window * tokens * channels, channels, floats(proj_bias)), sums);
+      linear(rows, mixed, channels, proj, row_kernels(),
+             added_to(from, y.data_ptr<BFloat16>() + first * tokens * channels, channels, floats(proj_bias)), sums);
     }
   });
   return y;
@@ -195,34 +213,37 @@ Tensor mixer_inference(const Tensor& x_in, const Tensor& norm_in, double eps, co
   TokenConv conv{};
   conv.tokens = tokens, conv.channels = half, conv.first_tap = -1, conv.silu = conv.bfloat16 = true;
   conv.tap_stride = taps.size(2);
-  at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+  const int64_t group = windows_at_once(x.size(0), tokens), most = group * tokens;
+  at::parallel_for(0, divide_up(x.size(0), group), 1, [&](int64_t begin, int64_t end) {
     const MatrixUnits units;
     Scratch scratch;
     BFloat16 *normalised, *projected, *u, *dbc, *delta, *joined;
     float* sums;
     const int64_t widest = std::max({in_proj.block, x_proj.block, dt_proj.block, out_proj.block});
-    scratch.reserve(normalised, tokens * channels, projected, tokens * channels, u, tokens * half, dbc,
-                    tokens * dbc_width, delta, tokens * half, joined, tokens * channels, sums, tokens * widest);
-    for (int64_t window = begin; window < end; window++) {
-      const BFloat16* from = x.const_data_ptr<BFloat16>() + window * tokens * channels;
-      norm.apply(from, tokens, normalised);
-      linear(tokens, normalised, channels, in_proj, row_kernels(), into(projected, channels), sums);
+    scratch.reserve(normalised, most * channels, projected, most * channels, u, most * half, dbc, most * dbc_width, delta,
+                    most * half, joined, most * channels, sums, kProductRows * widest);
+    for (int64_t first = begin * group; first < std::min(end * group, x.size(0)); first += group) {
+      const int64_t windows = std::min(group, x.size(0) - first), rows = windows * tokens;
+      const BFloat16* from = x.const_data_ptr<BFloat16>() + first * tokens * channels;
+      norm.apply(from, rows, normalised);
+      linear(rows, normalised, channels, in_proj, row_kernels(), into(projected, channels), sums);
       auto convolve = [&](int64_t branch, BFloat16* out, int64_t stride) {
         TokenConv one = conv;
         one.taps = floats(taps) + branch * kTaps * conv.tap_stride;
-        one.x = {projected + branch * half, 0, channels}, one.y = {out, 0, stride};
-        conv_kernels.forward(one, 0, {0, tokens});
+        one.x = {projected + branch * half, tokens * channels, channels}, one.y = {out, tokens * stride, stride};
+        for (int64_t window = 0; window < windows; window++) conv_kernels.forward(one, window, {0, tokens});
       };
       convolve(0, u, half);
       convolve(1, joined + half, channels);
-      linear(tokens, u, half, x_proj, row_kernels(), into(dbc, dbc_width), sums);
-      linear(tokens, dbc, dbc_width, dt_proj, row_kernels(), into(delta, half), sums);
+      linear(rows, u, half, x_proj, row_kernels(), into(dbc, dbc_width), sums);
+      linear(rows, dbc, dbc_width, dt_proj, row_kernels(), into(delta, half), sums);
       ScanProblem p = scan;
-      p.u = {u, 0, half}, p.delta = {delta, 0, half}, p.y = {joined, 0, channels};
-      p.B = {dbc + rank, 0, dbc_width}, p.C = {dbc + rank + states, 0, dbc_width};
-      scan_kernels.forward(p, 0, all_blocks);
-      linear(tokens, joined, channels, out_proj, row_kernels(),
-             added_to(from, y.data_ptr<BFloat16>() + window * tokens * channels, channels), sums);
+      p.u = {u, tokens * half, half}, p.delta = {delta, tokens * half, half};
+      p.B = {dbc + rank, tokens * dbc_width, dbc_width}, p.C = {dbc + rank + states, tokens * dbc_width, dbc_width};
+      p.y = {joined, tokens * channels, channels};
+      for (int64_t window = 0; window < windows; window++) scan_kernels.forward(p, window, all_blocks);
+      linear(rows, joined, channels, out_proj, row_kernels(),
+             added_to(from, y.data_ptr<BFloat16>() + first * tokens * channels, channels), sums);
     }
   });
   return y;
