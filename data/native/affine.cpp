@@ -1,6 +1,8 @@
 // Affine transforms in double precision, term by term as Pillow computes them, so that the bytes are the same.
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -49,11 +51,16 @@ CLONES void copy_padded(Padded &padded, Image image) {
     }
 }
 
-INLINE void store(uint8_t *p, Four v) {
-    const FourInt i = __builtin_convertvector(v, FourInt);  // truncates
-    p[0] = (uint8_t)i[0];
-    p[1] = (uint8_t)i[1];
-    p[2] = (uint8_t)i[2];
+// Writes `bytes` bytes, 3 or 4: the fourth belongs to the next pixel.
+INLINE void store(uint8_t *p, Four v, int bytes) {
+    typedef uint8_t Bytes __attribute__((vector_size(16)));
+    const Bytes whole = (Bytes)__builtin_convertvector(v, FourInt);  // truncates
+#ifdef __clang__
+    const Bytes packed = __builtin_shufflevector(whole, whole, 0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+#else
+    const Bytes packed = __builtin_shuffle(whole, Bytes{0, 4, 8, 12});
+#endif
+    memcpy(p, &packed, bytes);
 }
 
 INLINE Four lerp(Four a, Four b, double d) { return a + (b - a) * d; }
@@ -63,68 +70,93 @@ INLINE Four cubic(Four v1, Four v2, Four v3, Four v4, double d) {
     return v2 + d * (p2 + d * (p3 + d * p4));
 }
 
+// The same where all values are whole numbers: sums are exact then, and may be taken in the order that needs fewest.
+INLINE Four cubic_of_bytes(Four v1, Four v2, Four v3, Four v4, double d) {
+    const Four fall = v1 - v2, p4 = (v4 - v3) - fall, p3 = fall - p4;
+    return v2 + d * ((v3 - v1) + d * (p3 + d * p4));
+}
+
 INLINE int floor_int(double v) {
     const int i = (int)v;
     return i - (v < i);
 }
 
+// For the pixels of one row: where the taps begin, and how far the wanted point lies beyond the first.
+struct Places {
+    std::vector<int> at;
+    std::vector<double> dx, dy;
+};
+
 // FLAT_X (FLAT_Y): the source column (row) is the output's, so nothing is interpolated along it.
 template <bool CUBIC, bool FLAT_X, bool FLAT_Y>
-INLINE void affine_rows(Image image, const Padded &source, const double m[6]) {
+INLINE void affine_rows(Image image, const Padded &source, const double m[6], Places &places) {
     const int n = image.size, stride = source.stride;
+    const double m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3], m4 = m[4], m5 = m[5];  // nothing that is written is these
+    int *at = places.at.data();
+    double *dx = places.dx.data(), *dy = places.dy.data();
     for (int y = 0; y < n; y++) {
-        uint8_t *out = image.rgb + (size_t)y * n * 3;
         const double yin = y + 0.5;
-        for (int x = 0; x < n; x++, out += 3) {
-            const double xin = x + 0.5;
-            double xs = FLAT_X ? xin : m[0] * xin + m[1] * yin + m[2], ys = FLAT_Y ? yin : m[3] * xin + m[4] * yin + m[5];
-            if (xs < 0.0 || xs >= n || ys < 0.0 || ys >= n) continue;  // keeps the fill
-            xs -= 0.5;
-            ys -= 0.5;
-            const int xi = floor_int(xs), yi = floor_int(ys);
-            const double dx = xs - xi, dy = ys - yi;
-            const StoredFour *p = source.at(xi, yi);
+        const auto x_of = [&](int x) { return FLAT_X ? x + 0.5 : m0 * (x + 0.5) + m1 * yin + m2; };
+        const auto y_of = [&](int x) { return FLAT_Y ? yin : m3 * (x + 0.5) + m4 * yin + m5; };
+        const auto outside = [&](int x) { return x_of(x) < 0.0 || x_of(x) >= n || y_of(x) < 0.0 || y_of(x) >= n; };
+        // What lies inside is in one piece, as rounding keeps the order of numbers. The rest keeps the fill.
+        int begin = 0, end = n;
+        while (begin < end && outside(begin)) begin++;
+        while (begin < end && outside(end - 1)) end--;
+        for (int x = begin; x < end; x++) {
+            const double xs = x_of(x) - 0.5, ys = y_of(x) - 0.5;
+            const double left = std::floor(xs), top = std::floor(ys);
+            at[x] = (int)top * stride + (int)left;
+            dx[x] = xs - left;
+            dy[x] = ys - top;
+        }
+        const auto pixel = [&](int x) __attribute__((always_inline)) -> Four {
+            const StoredFour *p = source.at(0, 0) + at[x];
             const auto row = [&](const StoredFour *q) __attribute__((always_inline)) -> Four {
                 if (FLAT_X) return (Four)q[0];
-                if (!CUBIC) return lerp(q[0], q[1], dx);
-                return cubic(q[-1], q[0], q[1], q[2], dx);
+                if (!CUBIC) return lerp(q[0], q[1], dx[x]);
+                return cubic_of_bytes(q[-1], q[0], q[1], q[2], dx[x]);
             };
             Four v;
             if (FLAT_Y)
                 v = row(p);
             else if (!CUBIC)
-                v = lerp(row(p), row(p + stride), dy);
+                v = lerp(row(p), row(p + stride), dy[x]);
             else
-                v = cubic(row(p - stride), row(p), row(p + stride), row(p + 2 * stride), dy);
+                v = cubic(row(p - stride), row(p), row(p + stride), row(p + 2 * stride), dy[x]);
             if (CUBIC) {
                 v = v > 0.0 ? v : Four{};
                 v = v < 255.0 ? v : Four{} + 255.0;
             }
-            store(out, v);
-        }
+            return v;
+        };
+        uint8_t *out = image.rgb + (size_t)y * n * 3;
+        for (int x = begin; x < end - 1; x++) store(out + 3 * x, pixel(x), 4);
+        if (begin < end) store(out + 3 * (end - 1), pixel(end - 1), 3);
     }
 }
 
-CLONES void affine_filtered(Image image, const Padded &source, const double m[6], bool bicubic) {
+CLONES void affine_filtered(Image image, const Padded &source, const double m[6], bool bicubic, Places &places) {
     const bool flat_x = m[0] == 1.0 && m[1] == 0.0 && m[2] == 0.0, flat_y = m[3] == 0.0 && m[4] == 1.0 && m[5] == 0.0;
     if (bicubic) {
         if (flat_x)
-            affine_rows<true, true, false>(image, source, m);
+            affine_rows<true, true, false>(image, source, m, places);
         else if (flat_y)
-            affine_rows<true, false, true>(image, source, m);
+            affine_rows<true, false, true>(image, source, m, places);
         else
-            affine_rows<true, false, false>(image, source, m);
+            affine_rows<true, false, false>(image, source, m, places);
     } else {
         if (flat_x)
-            affine_rows<false, true, false>(image, source, m);
+            affine_rows<false, true, false>(image, source, m, places);
         else if (flat_y)
-            affine_rows<false, false, true>(image, source, m);
+            affine_rows<false, false, true>(image, source, m, places);
         else
-            affine_rows<false, false, false>(image, source, m);
+            affine_rows<false, false, false>(image, source, m, places);
     }
 }
 
 thread_local Padded padded;
+thread_local Places places;
 thread_local std::vector<uint8_t> original;
 
 void fill_all(Image image, const uint8_t fill[3]) {
@@ -157,7 +189,10 @@ void affine(Image image, const double matrix[6], Filter filter, const uint8_t fi
     } else {
         copy_padded(padded, image);
         fill_all(image, fill);
-        affine_filtered(image, padded, matrix, filter == BICUBIC);
+        places.at.resize(image.size);
+        places.dx.resize(image.size);
+        places.dy.resize(image.size);
+        affine_filtered(image, padded, matrix, filter == BICUBIC, places);
     }
 }
 
@@ -177,7 +212,11 @@ void rotate(Image image, double degrees, Filter filter, const uint8_t fill[3]) {
         }
         return;
     }
-    const auto round15 = [](double v) { return std::nearbyint(v * 1e15) / 1e15; };
+    const auto round15 = [](double v) {  // Python's round(v, 15), through decimal digits like it
+        char digits[32];
+        snprintf(digits, sizeof digits, "%.15f", v);
+        return strtod(digits, nullptr);
+    };
     const double angle = -(turn * (M_PI / 180.0)), center = n / 2.0;
     double m[6] = {round15(std::cos(angle)), round15(std::sin(angle)), 0.0, round15(-std::sin(angle)), round15(std::cos(angle)), 0.0};
     m[2] = m[0] * -center + m[1] * -center + m[2] + center;

@@ -195,6 +195,24 @@ def test_operation_is_pillows_to_the_bit(name):
                     np.testing.assert_array_equal(ours, expected, f"{name}({argument}), filter {filter_}")
 
 
+def test_random_affine_transforms_are_pillows_to_the_bit():
+    rng = np.random.default_rng(0)
+    fill = np.array(FILL, np.uint8)
+    # The centre of an odd image turns into itself: a matrix that is off in its last digit shows there.
+    cases = [("rotate", 143.49177175199543, 1, 137), ("rotate", 179.04601634485687, 1, 67)]
+    for _ in range(150):
+        name, size = ("rotate", *MOVED)[rng.integers(5)], int(rng.integers(1, 120))
+        most = {"rotate": 180.0, "shear_x": 1.0, "shear_y": 1.0}.get(name, size)
+        cases.append((name, float(rng.uniform(-most, most)), int(rng.integers(3)), size))
+    for name, argument, filter_, size in cases:
+        source = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+        ours = np.array(source)
+        index = OPERATIONS.index(name)
+        LIBRARY.loader_apply(ours.ctypes.data, size, index, argument, filter_, fill.ctypes.data)
+        expected = np.asarray(apply(source, Operation(name, argument, filter_), FILL))
+        np.testing.assert_array_equal(ours, expected, f"{name}({argument}), filter {filter_}, {size} px")
+
+
 @pytest.mark.parametrize("crop_mode, crop_pct", [("center", 1.0), ("center", 0.875), ("squash", 0.95)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_evaluation_is_resize_and_center_crop(crop_mode, crop_pct, interpolation):
