@@ -4,7 +4,8 @@
 
 Any images will do. They are written once as JPEGs of at most 500 px and quality 90, to a .beton and as single files
 with the same bytes, so that every row decodes the same data. The rows take turns in each repeat, and a ratio is the
-median of the ratios within repeats: what else the machine does then hits all alike.
+median of the ratios within repeats: what else the machine does then hits all alike. On a busy machine compare the CPU
+time per image, which other work disturbs little.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -62,18 +65,32 @@ def main() -> None:
     if args.first_batch:
         print(first_batch_seconds(args.first_batch, Path(args.data), args))
         return
+    torch.set_num_threads(1)  # as in a DataLoader's workers: the cores belong to the --workers
     with tempfile.TemporaryDirectory(prefix="bench_loader-") as temporary:
         directory = prepare(Path(args.data).expanduser(), Path(temporary), args)
         rows = {name: make(directory, args) for name, make in ROWS.items() if name in args.rows}
         seconds: dict[str, list[float]] = {name: [] for name in rows}
+        cpu_seconds: dict[str, list[float]] = {name: [] for name in rows}
         for repeat in range(args.repeats + 1):  # the first round warms up and is not counted
             for name, epoch in rows.items():
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), cpu_clock()
                 images = epoch(repeat)
                 if repeat:
                     seconds[name].append((time.perf_counter() - start) / images)
+                    cpu_seconds[name].append((cpu_clock() - cpu_start) / images)
         first = {name: measure_first_batch(name, directory, args) for name in ("ffcv", "ours") if name in rows}
-    report(seconds, first, args)
+    report(seconds, cpu_seconds, first, args)
+
+
+def cpu_clock() -> float:
+    """CPU seconds of this process and of its children that live, threads included: little disturbed by a busy machine."""
+    if not sys.platform.startswith("linux"):
+        return math.nan
+    total = time.process_time()
+    for child in multiprocessing.active_children():  # the workers of a DataLoader
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def parse() -> argparse.Namespace:
@@ -206,16 +223,9 @@ def torchvision_timm_full(directory: Path, args: argparse.Namespace) -> Epoch:
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **options: (
         posterize(image, bits, **options) if bits else image.point(lambda value: 0)
     )
-    transform = create_transform(
-        args.image_size,
-        is_training=True,
-        auto_augment=FULL.auto_augment,
-        interpolation="random",
-        re_prob=FULL.erasing_prob,
-        re_mode="pixel",
-        mean=DATA.mean,
-        std=DATA.std,
-    )
+    erasing = {"re_prob": FULL.erasing_prob, "re_mode": "pixel", "mean": DATA.mean, "std": DATA.std}
+    size, policy = args.image_size, FULL.auto_augment
+    transform = create_transform(size, is_training=True, auto_augment=policy, interpolation="random", **erasing)
     return torch_epochs(Files(directory, open_rgb, transform), args)
 
 
@@ -255,17 +265,8 @@ ROWS: dict[str, Callable[[Path, argparse.Namespace], Epoch]] = {
 
 def measure_first_batch(name: str, directory: Path, args: argparse.Namespace) -> float:
     """Seconds from a loader's construction to its first batch, in a fresh process, imports not counted."""
-    command = [
-        sys.executable,
-        __file__,
-        "--data",
-        str(directory),
-        "--first-batch",
-        name,
-        "--workers",
-        str(args.workers),
-    ]
-    command += ["--batch", str(args.batch), "--image-size", str(args.image_size)]
+    command = [sys.executable, __file__, f"--data={directory}", f"--first-batch={name}", f"--workers={args.workers}"]
+    command += [f"--batch={args.batch}", f"--image-size={args.image_size}"]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -282,31 +283,36 @@ def first_batch_seconds(name: str, directory: Path, args: argparse.Namespace) ->
     return time.perf_counter() - start
 
 
-def report(seconds: dict[str, list[float]], first: dict[str, float], args: argparse.Namespace) -> None:
-    results = []
-    print(
-        f"{args.workers} workers, batch {args.batch}, {args.image_size} px, n = {args.repeats} epochs of {args.samples}"
-    )
+def report(
+    seconds: dict[str, list[float]],
+    cpu_seconds: dict[str, list[float]],
+    first: dict[str, float],
+    args: argparse.Namespace,
+) -> None:
+    results, ratios, cpu_ratios = [], {}, {}
+    setting = f"{args.workers} workers, batch {args.batch}, {args.image_size} px"
+    print(f"{setting}, n = {args.repeats} epochs of {args.samples} images; CPU: milliseconds of a core per image")
     for name, times in seconds.items():
-        rates = sorted(1.0 / t for t in times)
+        rates, cpu = sorted(1.0 / t for t in times), 1e3 * statistics.median(cpu_seconds[name])
         what, dtype = WHAT[name]
         median, spread = statistics.median(rates), rates[-1] - rates[0]
-        print(f"{name:22s} {median:8.0f} img/s   {rates[0]:6.0f} to {rates[-1]:6.0f}   {what}")
-        results.append(
-            {"name": name, "mode": what, "dtype": dtype, "img_per_sec": median, "n": len(rates), "spread": spread}
-        )
-    ratios = {}
+        print(f"{name:22s}{median:6.0f} img/s {rates[0]:6.0f} to {rates[-1]:5.0f} {cpu:8.2f} CPU   {what}")
+        row = {"name": name, "mode": what, "dtype": dtype, "img_per_sec": median, "n": len(rates), "spread": spread}
+        results.append({**row, "cpu_ms_per_image": cpu})
     for over, under in RATIOS:
         if over in seconds and under in seconds:
-            pairs = [u / o for o, u in zip(seconds[over], seconds[under])]
-            ratios[f"{over}/{under}"] = statistics.median(pairs)
-            print(f"{over} / {under}: {statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})")
+            name = f"{over}/{under}"
+            pairs, cpu_pairs = ([u / o for o, u in zip(t[over], t[under])] for t in (seconds, cpu_seconds))
+            ratios[name], cpu_ratios[name] = statistics.median(pairs), statistics.median(cpu_pairs)
+            print(
+                f"{name}: {ratios[name]:.2f} ({min(pairs):.2f} to {max(pairs):.2f}), by CPU time {cpu_ratios[name]:.2f}"
+            )
     for name, value in first.items():
         print(f"first batch, {name}: {value:.2f} s")
     if args.json:
         machine = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "platform": platform.platform()}
-        content = {"machine": machine, "results": results, "ratios": ratios, "first_batch_seconds": first}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        content = {"machine": machine, "results": results, "ratios": ratios, "cpu_ratios": cpu_ratios}
+        Path(args.json).write_text(json.dumps({**content, "first_batch_seconds": first}, indent=1) + "\n")
 
 
 def cpu_name() -> str:
