@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mambavision.models.backbone import MambaVision
+from mambavision.models import packed_conv, packed_tokens
+from mambavision.models.backbone import Downsample, MambaVision, PatchEmbed
 from mambavision.models.blocks import ConvBlock, TokenBlock
 from mambavision.models.mixer import MambaVisionMixer
-from mambavision.models.packed_tokens import PackedTokenBlock, supports
-from mambavision.ops.token_inference import fused_inference_available
 
 # Parameters the scan reads in float32 whatever the precision of the rest.
 _KEPT_FLOAT32 = ("A_log", "D", "dt_proj.bias")
@@ -25,6 +24,7 @@ def fuse_for_inference(model: MambaVision, dtype: torch.dtype | None = None) -> 
     Batch normalisations go into the convolution before them (the last one into the head), layer scales into the linear
     layer or convolution before them. With `dtype` (bfloat16, float16) the weights are stored in it, so that nothing
     converts them at every call; the scan's parameters stay float32. Inputs may stay float32: the stem converts them.
+    In bfloat16 on a CPU with matrix units (AMX) whole blocks run as one native operator each.
 
     The copy is for inference: it has no running statistics and no scales, so its state dict loads nowhere else.
     """
@@ -42,20 +42,29 @@ def fuse_for_inference(model: MambaVision, dtype: torch.dtype | None = None) -> 
     if isinstance(fused.head, nn.Linear) and isinstance(fused.norm, nn.BatchNorm2d):
         _fold_norm_into_head(fused)
     if dtype is not None:
-        if dtype == torch.bfloat16 and next(fused.parameters()).device.type == "cpu" and fused_inference_available():
-            _pack_token_blocks(fused)
+        fused.patch_embed.register_forward_pre_hook(_InputCast(dtype))
+        if dtype == torch.bfloat16 and next(fused.parameters()).device.type == "cpu":
+            _pack(fused)
         for name, parameter in fused.named_parameters():
             if not name.endswith(_KEPT_FLOAT32):
                 parameter.data = parameter.data.to(dtype)
-        fused.patch_embed.register_forward_pre_hook(_InputCast(dtype))
     return fused.requires_grad_(False)
 
 
-def _pack_token_blocks(model: MambaVision) -> None:
-    for level in model.levels:
-        for name, block in list(level.blocks.named_children()):
-            if isinstance(block, TokenBlock) and supports(block):
-                level.blocks.set_submodule(name, PackedTokenBlock(block))
+_PACKED = {
+    PatchEmbed: (packed_conv.supports, packed_conv.PackedPatchEmbed.of),
+    ConvBlock: (packed_conv.supports, packed_conv.PackedConvBlock.of),
+    Downsample: (packed_conv.supports, packed_conv.PackedDownsample.of),
+    TokenBlock: (packed_tokens.supports, packed_tokens.PackedTokenBlock),
+}
+
+
+def _pack(model: MambaVision) -> None:
+    """Replaces what native operators run as a whole, where this machine has the matrix units for them."""
+    for name, module in list(model.named_modules()):
+        supports, packed = _PACKED.get(type(module), (None, None))
+        if supports is not None and supports(module):
+            model.set_submodule(name, packed(module))
 
 
 class _InputCast:

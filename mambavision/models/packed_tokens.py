@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mambavision.models.attention import Attention
 from mambavision.models.blocks import Mlp, TokenBlock
 from mambavision.models.mixer import MambaVisionMixer
-from mambavision.ops.token_inference import pack_taps, pack_weight, scan_table
+from mambavision.ops.token_inference import pack_taps, pack_weight, scan_table, token_inference_available
 
 
 class PackedTokenBlock(nn.Module):
@@ -73,14 +73,14 @@ class PackedMixer(nn.Module):
         super().__init__()
         mixer = block.mixer
         self.eps, self.states = block.norm1.eps, mixer.state_size
-        # x_proj's output is laid out as (dt, zeros, B, C, zeros), so that its first columns feed dt_proj as they are.
+        # x_proj's output is laid out as (dt, zeros, B, C, zeros) in whole cache lines, and feeds dt_proj as it is.
         rank = mixer.dt_rank + -mixer.dt_rank % 32
         dt, states = mixer.x_proj.weight.split((mixer.dt_rank, 2 * mixer.state_size))
         x_proj = torch.cat((F.pad(dt, (0, 0, 0, rank - mixer.dt_rank)), states))
         self.register_buffer("norm", _norm(block.norm1))
         self.register_buffer("in_proj", pack_weight(mixer.in_proj.weight))
         self.register_buffer("taps", pack_taps(mixer.conv1d_x.weight, mixer.conv1d_z.weight))
-        self.register_buffer("x_proj", pack_weight(F.pad(x_proj, (0, 0, 0, -x_proj.shape[0] % 16))))
+        self.register_buffer("x_proj", pack_weight(F.pad(x_proj, (0, 0, 0, -x_proj.shape[0] % 32))))
         self.register_buffer("dt_proj", pack_weight(mixer.dt_proj.weight, inner=rank))
         self.register_buffer(
             "table", scan_table(-torch.exp(mixer.A_log.float()), mixer.D, 2 * mixer.dt_proj.bias.float())
@@ -103,7 +103,7 @@ class PackedMixer(nn.Module):
 
 
 def supports(block: TokenBlock) -> bool:
-    """Whether the operators cover it: the published mixer or attention, no layer scale left, widths of whole vectors."""
+    """Whether the operators run here and cover it: the published mixer or attention, no layer scale left, whole vectors."""
     mixer = block.mixer
     if isinstance(mixer, MambaVisionMixer):
         known, unit = mixer.kind == "concat", 32  # half the width is worked on by itself
@@ -111,7 +111,8 @@ def supports(block: TokenBlock) -> bool:
         known, unit = isinstance(mixer, Attention) and mixer.qkv.in_features // mixer.num_heads % 2 == 0, 16
     widths = (block.norm1.normalized_shape[0], block.mlp.fc1.out_features)
     unscaled = block.gamma_1 is None and block.gamma_2 is None
-    return known and unscaled and type(block.mlp) is Mlp and all(width % unit == 0 for width in widths)
+    covered = known and unscaled and type(block.mlp) is Mlp and all(width % unit == 0 for width in widths)
+    return covered and token_inference_available()
 
 
 def _norm(norm: nn.LayerNorm) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambavision.ops.native_build import load_native
+from mambavision.ops.token_inference import matrix_units_available
 
 _PIXEL_PAD, _SMALL_PIXEL = 32, 8  # kPixelPad and kSmallPixel of the kernels
 _BLOCKS = (80, 96, 64, 112, 48, 32, 16)  # output channels of a product, fastest first
@@ -19,7 +19,7 @@ _BLOCKS = (80, 96, 64, 112, 48, 32, 16)  # output channels of a product, fastest
 
 def conv_inference_available() -> bool:
     """Whether the compiled kernels are there and the processor has the matrix units they are for."""
-    if load_native() is None or not torch.ops.mambavision.conv_inference_available():
+    if not matrix_units_available():
         return False
     _register_shapes()
     return True

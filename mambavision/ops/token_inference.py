@@ -19,12 +19,17 @@ _STATE_PAD = 8
 _BLOCKS = (64, 48, 80, 96, 112, 128, 32, 16)  # columns of a product done at once, best first
 
 
-def fused_inference_available() -> bool:
-    """Whether the compiled kernels are there; a failed build has then said why."""
-    if load_native() is None:
+def token_inference_available() -> bool:
+    """Whether the compiled kernels are there and the processor has the matrix units they are for."""
+    if not matrix_units_available():
         return False
     _register_shapes()
     return True
+
+
+def matrix_units_available() -> bool:
+    """Whether torch and processor multiply bfloat16 matrices in units of their own (AMX)."""
+    return load_native() is not None and torch.ops.mambavision.matrix_units_available()
 
 
 def column_block(columns: int) -> int | None:

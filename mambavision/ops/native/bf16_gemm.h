@@ -2,12 +2,28 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
+#if __has_include(<ATen/native/CPUBlas.h>)
+#include <ATen/native/CPUBlas.h>
+#endif
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
+#define MAMBAVISION_MATRIX_UNITS  // this torch lets us use them
+#endif
 
 #include "row_kernels.h"
 
 namespace mambavision {
+
+// Whether this torch and this processor have them; the products below are refused elsewhere.
+inline bool matrix_units_available() {
+#if defined(MAMBAVISION_MATRIX_UNITS)
+  return at::native::cpublas::could_pack(at::kBFloat16);
+#else
+  return false;
+#endif
+}
+
+#if defined(MAMBAVISION_MATRIX_UNITS)
 
 using c10::BFloat16;
 
@@ -31,6 +47,7 @@ struct PackedWeight {
   const BFloat16* at(int64_t index, int64_t first = 0) const { return data + (index * inner + first) * block; }
 };
 
+// A, B and sums should start at cache lines and rows be whole ones, the inner width a multiple of 32: else the units are slow.
 // sums (rows, columns; stride apart) = or += A (rows, inner; lda apart) x B, B as (inner / 2, columns, 2) with ldb columns.
 inline void multiply(int64_t rows, int64_t columns, int64_t inner, const BFloat16* A, int64_t lda, const BFloat16* B,
                      int64_t ldb, float* sums, int64_t stride, bool accumulate = false) {
@@ -65,5 +82,7 @@ inline void linear(int64_t rows, const BFloat16* A, int64_t lda, const PackedWei
     }
   }
 }
+
+#endif
 
 }  // namespace mambavision

@@ -5,11 +5,9 @@
 // takes a few rows of an image through all steps while they lie in the second-level cache; sums are float32.
 #include <torch/library.h>
 
-#if __has_include(<ATen/native/CPUBlas.h>)
-#include <ATen/native/CPUBlas.h>
-#endif
+#include "bf16_gemm.h"
 
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
+#if defined(MAMBAVISION_MATRIX_UNITS)
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -186,8 +184,6 @@ Tensor conv_inference(const Tensor& x_in, const Tensor& filter_in, const Tensor&
   return y;
 }
 
-bool conv_inference_available() { return at::native::cpublas::could_pack(at::kBFloat16); }
-
 }  // namespace
 }  // namespace mambavision
 
@@ -196,16 +192,9 @@ TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
   library.impl("conv_inference", mambavision::conv_inference);
 }
 
-#else
-
-namespace mambavision {
-static bool conv_inference_available() { return false; }
-}  // namespace mambavision
-
 #endif
 
 TORCH_LIBRARY_FRAGMENT(mambavision, library) {
-  library.def("conv_inference_available() -> bool", [] { return mambavision::conv_inference_available(); });
   library.def(
       "conv_block_inference(Tensor x, Tensor first, Tensor first_bias, Tensor second, Tensor second_bias) -> Tensor");
   library.def("conv_inference(Tensor x, Tensor filter, Tensor bias, int stride, bool relu) -> Tensor");

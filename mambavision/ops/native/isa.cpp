@@ -1,10 +1,12 @@
-// Reads the processor's features and MAMBAVISION_ISA; tells Python which instruction set won.
+// Reads the processor's features and MAMBAVISION_ISA; tells Python which instruction set won and whether there are matrix units.
 #include "isa.h"
 
 #include <torch/library.h>
 
 #include <cstdlib>
 #include <string>
+
+#include "bf16_gemm.h"
 
 namespace mambavision {
 namespace {
@@ -54,5 +56,6 @@ Isa selected_isa() {
 }  // namespace mambavision
 
 TORCH_LIBRARY_FRAGMENT(mambavision, library) {
+  library.def("matrix_units_available() -> bool", [] { return mambavision::matrix_units_available(); });
   library.def("native_isa() -> str", [] { return std::string(mambavision::isa_name(mambavision::selected_isa())); });
 }

@@ -2,15 +2,19 @@
 //
 // A thread takes a window (or, for the MLP, a tile of rows) through all steps while it lies in the second-level cache; only x
 // is read from memory and only the result written. Products are summed in float32. Layer scales are in the weights.
+#include <torch/library.h>
+
+#include "bf16_gemm.h"
+
+#if defined(MAMBAVISION_MATRIX_UNITS)
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "bf16_gemm.h"
 #include "depthwise_conv_kernel.h"
 #include "isa.h"
 #include "scan_kernel.h"
@@ -114,7 +118,13 @@ Tensor mlp_inference(const Tensor& x_in, const Tensor& norm_in, double eps, cons
   return y;
 }
 
-// One head's keys (tokens, width; stride apart) as the right factor of queries x keys^T: (width / 2, padded tokens, 2).
+// One head's queries (tokens, width; stride apart) with rows of whole cache lines, without which the matrix units are slow;
+// the padding is left alone.
+void pack_queries(const BFloat16* queries, int64_t stride, int64_t tokens, int64_t width, int64_t inner, BFloat16* packed) {
+  for (int64_t t = 0; t < tokens; t++) std::memcpy(packed + t * inner, queries + t * stride, width * sizeof(BFloat16));
+}
+
+// One head's keys as the right factor of queries x keys^T: (width / 2, padded tokens, 2); padding is left alone.
 void pack_keys(const BFloat16* keys, int64_t stride, int64_t tokens, int64_t padded, int64_t width, BFloat16* packed) {
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t pair = 0; pair < width / 2; pair++)
@@ -139,20 +149,21 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
   TORCH_CHECK(qkv_weight.inner == channels && qkv_weight.columns() == 3 * channels && proj.inner == channels &&
                   proj.columns() == channels && channels % heads == 0 && width % 2 == 0,
               "the weights do not fit");
-  const int64_t padded = round_up(tokens, 32), padded_width = round_up(width, 16);
+  const int64_t padded = round_up(tokens, 32), padded_width = round_up(width, 16), inner = round_up(width, 32);
   const int64_t chunks = divide_up(tokens, kAttentionRows), chunk_rows = divide_up(tokens, chunks);
   const float scale = 1.0f / std::sqrt((float)width);
   const int64_t group = windows_at_once(x.size(0), tokens), most = group * tokens;
   at::parallel_for(0, divide_up(x.size(0), group), 1, [&](int64_t begin, int64_t end) {
     const MatrixUnits units;
     Scratch scratch;
-    BFloat16 *normalised, *qkv, *keys, *values, *weights;
+    BFloat16 *normalised, *qkv, *queries, *keys, *values, *weights;
     float *sums, *inverse;
-    scratch.reserve(normalised, most * channels, qkv, most * 3 * channels, keys, width * padded, values,
-                    padded * padded_width, weights, chunk_rows * padded, sums,
+    scratch.reserve(normalised, most * channels, qkv, most * 3 * channels, queries, tokens * inner, keys,
+                    inner * padded, values, padded * padded_width, weights, chunk_rows * padded, sums,
                     std::max(kProductRows * std::max(qkv_weight.block, proj.block), chunk_rows * std::max(padded, padded_width)),
                     inverse, chunk_rows);
-    std::memset(keys, 0, width * padded * sizeof(BFloat16));
+    std::memset(queries, 0, tokens * inner * sizeof(BFloat16));
+    std::memset(keys, 0, inner * padded * sizeof(BFloat16));
     std::memset(values, 0, padded * padded_width * sizeof(BFloat16));
     BFloat16* mixed = normalised;  // no longer needed by then
     for (int64_t first = begin * group; first < std::min(end * group, x.size(0)); first += group) {
@@ -162,12 +173,13 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
       linear(rows, normalised, channels, qkv_weight, row_kernels(), into(qkv, 3 * channels, floats(qkv_bias)), sums);
       for (int64_t item = 0; item < windows * heads; item++) {
         const int64_t offset = item / heads * tokens, column = item % heads * width;
-        const BFloat16* queries = qkv + offset * 3 * channels + column;
-        pack_keys(queries + channels, 3 * channels, tokens, padded, width, keys);
-        pack_values(queries + 2 * channels, 3 * channels, tokens, width, padded_width, values);
+        const BFloat16* head = qkv + offset * 3 * channels + column;
+        pack_queries(head, 3 * channels, tokens, width, inner, queries);
+        pack_keys(head + channels, 3 * channels, tokens, padded, width, keys);
+        pack_values(head + 2 * channels, 3 * channels, tokens, width, padded_width, values);
         for (int64_t row = 0; row < tokens; row += chunk_rows) {
           const int64_t some = std::min(chunk_rows, tokens - row);
-          multiply(some, padded, width, queries + row * 3 * channels, 3 * channels, keys, padded, sums, padded);
+          multiply(some, padded, inner, queries + row * inner, inner, keys, padded, sums, padded);
           row_kernels().softmax(sums, padded, some, tokens, padded, scale, weights, padded, inverse);
           multiply(some, padded_width, padded, weights, padded, values, padded_width, sums, padded_width);
           Finish normalise = into(mixed + (offset + row) * channels + column, channels);
@@ -252,6 +264,14 @@ Tensor mixer_inference(const Tensor& x_in, const Tensor& norm_in, double eps, co
 }  // namespace
 }  // namespace mambavision
 
+TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
+  library.impl("mlp_inference", mambavision::mlp_inference);
+  library.impl("attention_inference", mambavision::attention_inference);
+  library.impl("mixer_inference", mambavision::mixer_inference);
+}
+
+#endif
+
 TORCH_LIBRARY_FRAGMENT(mambavision, library) {
   library.def(
       "mlp_inference(Tensor x, Tensor norm, float eps, Tensor up, Tensor up_bias, Tensor down, Tensor down_bias) -> Tensor");
@@ -261,10 +281,4 @@ TORCH_LIBRARY_FRAGMENT(mambavision, library) {
   library.def(
       "mixer_inference(Tensor x, Tensor norm, float eps, Tensor in_proj, Tensor taps, Tensor x_proj, Tensor dt_proj, "
       "Tensor table, Tensor out_proj, int states) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
-  library.impl("mlp_inference", mambavision::mlp_inference);
-  library.impl("attention_inference", mambavision::attention_inference);
-  library.impl("mixer_inference", mambavision::mixer_inference);
 }
