@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mambavision.models.attention import Attention
-from mambavision.models.blocks import ConvBlock, TokenBlock, cut_windows, join_windows, window_grid
+from mambavision.models.blocks import (
+    ConvBlock,
+    TokenBlock,
+    batch_norm,
+    conv_batch_norm,
+    cut_windows,
+    join_windows,
+    window_grid,
+)
 from mambavision.models.mixer import MambaVisionMixer
 from mambavision.models.options import ModelOptions
 
@@ -59,7 +67,7 @@ class MambaVision(nn.Module):
     def forward_head(self, features: list[Tensor] | Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, classes) from the last of the four maps; with pre_logits the pooled features (B, 8 dim)."""
         last = features if isinstance(features, Tensor) else features[-1]
-        pooled = self.norm(last).mean(dim=(2, 3))
+        pooled = batch_norm(last, self.norm).mean(dim=(2, 3))
         return pooled if pre_logits else self.head(pooled)
 
     def forward_intermediates(
@@ -136,7 +144,12 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_down(x)
+        if x.device.type == "cpu":
+            # PyTorch's convolutions are several times faster on channels-last maps there, and hand the layout on.
+            x = x.contiguous(memory_format=torch.channels_last)
+        first, first_norm, _, second, second_norm, _ = self.conv_down
+        x = conv_batch_norm(first, first_norm, x, activation="relu")
+        return conv_batch_norm(second, second_norm, x, activation="relu")
 
 
 class Stage(nn.Module):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambavision.ops import training
 from mambavision.ops.gelu import gelu
 
 
@@ -24,34 +25,74 @@ class ConvBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
-        branch = gelu(conv_batch_norm(self.conv1, self.norm1, x), approximate="tanh")
+        branch = conv_batch_norm(self.conv1, self.norm1, x, activation="gelu_tanh")
+        if self.gamma is None:
+            return conv_batch_norm(self.conv2, self.norm2, branch, residual=x, drop_path=self._drop_path())
         branch = conv_batch_norm(self.conv2, self.norm2, branch)
-        gamma = None if self.gamma is None else self.gamma.view(-1, 1, 1)
-        return add_branch(x, branch, gamma, self.drop_path if self.training else 0.0)
+        return add_branch(x, branch, self.gamma.view(-1, 1, 1), self._drop_path())
+
+    def _drop_path(self) -> float:
+        return self.drop_path if self.training else 0.0
 
 
-def conv_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """norm(conv(x)). In training the convolution's bias is not added, as the batch mean takes it out again.
+def conv_batch_norm(
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    x: Tensor,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    drop_path: float = 0.0,
+) -> Tensor:
+    """activation(norm(conv(x))), or residual + dp(norm(conv(x))). activation: none | relu | gelu_tanh.
 
-    It still moves the running mean. Its gradient is then exactly zero, where summing the activations' gradients would
-    leave rounding noise, which an Adam-like optimizer blows up to full steps that differ with the order of summation.
+    In training the convolution's bias is not added, as the batch mean takes it out again. It still moves the running
+    mean. Its gradient is then exactly zero, where summing the activations' gradients would leave rounding noise, which an
+    Adam-like optimizer blows up to full steps that differ with the order of summation.
     """
-    if not isinstance(norm, nn.BatchNorm2d) or not norm.training or conv.bias is None:
-        return norm(conv(x))
-    with torch.no_grad():
-        # batch_norm keeps 1 - momentum of this and adds momentum * mean: what it would have been with the bias.
-        norm.running_mean.add_(conv.bias, alpha=norm.momentum / (1.0 - norm.momentum))
-        norm.num_batches_tracked.add_(1)
-    return F.batch_norm(
-        F.conv2d(x, conv.weight, None, conv.stride, conv.padding),
-        norm.running_mean,
-        norm.running_var,
-        norm.weight,
-        norm.bias + 0.0 * conv.bias,  # so that the bias has a gradient, which DDP waits for
-        training=True,
-        momentum=norm.momentum,
-        eps=norm.eps,
+    if not isinstance(norm, nn.BatchNorm2d) or not norm.training:
+        return _activate(norm(conv(x)), activation, residual, drop_path)
+    bias = norm.bias
+    if conv.bias is not None:
+        with torch.no_grad():
+            # batch_norm keeps 1 - momentum of this and adds momentum * mean: what it would have been with the bias.
+            norm.running_mean.add_(conv.bias, alpha=norm.momentum / (1.0 - norm.momentum))
+        bias = bias + 0.0 * conv.bias  # so that the bias has a gradient, which DDP waits for
+    y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+    return batch_norm(y, norm, bias, activation=activation, residual=residual, drop_path=drop_path)
+
+
+def batch_norm(
+    x: Tensor,
+    norm: nn.Module,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    drop_path: float = 0.0,
+) -> Tensor:
+    """activation(norm(x)), or residual + dp(norm(x)); `bias`, in training, in place of norm.bias."""
+    if not isinstance(norm, nn.BatchNorm2d) or not norm.training:
+        return _activate(norm(x), activation, residual, drop_path)
+    bias = norm.bias if bias is None else bias
+    if norm.num_batches_tracked is not None:
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+    if training.fuses_batch_norm(x, norm, residual):
+        scale = None if drop_path == 0.0 else keep_scale(x, drop_path).float().flatten()
+        return training.batch_norm(x, norm, bias, activation=activation, residual=residual, drop_path_scale=scale)
+    y = F.batch_norm(
+        x, norm.running_mean, norm.running_var, norm.weight, bias, training=True, momentum=norm.momentum, eps=norm.eps
     )
+    return _activate(y, activation, residual, drop_path)
+
+
+def _activate(y: Tensor, activation: str, residual: Tensor | None, drop_path: float) -> Tensor:
+    if residual is not None:
+        return add_branch(residual, y, None, drop_path)
+    if activation == "relu":
+        return F.relu(y)
+    return gelu(y, approximate="tanh") if activation == "gelu_tanh" else y
 
 
 class Mlp(nn.Module):
@@ -63,7 +104,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(tokens)))
+        fused = training.mlp(tokens, self.fc1, self.fc2)
+        return self.fc2(gelu(self.fc1(tokens))) if fused is None else fused
 
 
 class TokenBlock(nn.Module):
@@ -83,8 +125,23 @@ class TokenBlock(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         drop_path = self.drop_path if self.training else 0.0
-        tokens = add_branch(tokens, self.mixer(self.norm1(tokens)), self.gamma_1, drop_path)
-        return add_branch(tokens, self.mlp(self.norm2(tokens)), self.gamma_2, drop_path)
+        tokens, normed = add_layer_norm(tokens, None, None, 0.0, self.norm1)
+        tokens, normed = add_layer_norm(tokens, self.mixer(normed), self.gamma_1, drop_path, self.norm2)
+        return add_branch(tokens, self.mlp(normed), self.gamma_2, drop_path)
+
+
+def add_layer_norm(
+    x: Tensor, branch: Tensor | None, gamma: Tensor | None, drop_path: float, norm: nn.LayerNorm
+) -> tuple[Tensor, Tensor]:
+    """s = x + dp(gamma * branch), or x where there is no branch, and norm(s); all (b, L, C)."""
+    if gamma is not None and branch is not None:
+        x, branch = add_branch(x, branch, gamma, drop_path), None
+    if training.fuses_layer_norm(x, branch):
+        scale = None if branch is None or drop_path == 0.0 else keep_scale(branch, drop_path).float().flatten()
+        return training.add_layer_norm(x, branch, norm, scale)
+    if branch is not None:
+        x = add_branch(x, branch, None, drop_path)
+    return x, norm(x)
 
 
 def add_branch(x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: float) -> Tensor:
@@ -96,10 +153,15 @@ def add_branch(x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: float
         return x + branch
     scale = None if gamma is None else gamma.to(branch.dtype)
     if drop_path > 0.0:
-        keep = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1)).bernoulli_(1.0 - drop_path)
-        keep = keep / (1.0 - drop_path)
+        keep = keep_scale(branch, drop_path)
         scale = keep if scale is None else keep * scale
     return torch.addcmul(x, branch, scale)
+
+
+def keep_scale(branch: Tensor, drop_path: float) -> Tensor:
+    """0 or 1 / (1 - drop_path) for each row of the batch, (b, 1, ..., 1) in the branch's dtype."""
+    keep = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1)).bernoulli_(1.0 - drop_path)
+    return keep / (1.0 - drop_path)
 
 
 def window_grid(height: int, width: int, window: int, padding: str) -> tuple[int, int, int, int]:

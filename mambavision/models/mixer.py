@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mambavision.models.options import MIXERS
 from mambavision.ops import selective_scan_tokens
 from mambavision.ops.depthwise_conv import conv_silu_split, conv_silu_tokens
+from mambavision.ops.training import linear
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the initial step sizes where init is "mamba"
 
@@ -43,7 +44,7 @@ class MambaVisionMixer(nn.Module):
             self.conv1d_z = nn.Conv1d(half, half, conv_size, padding="same", groups=half, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (b, L, C) -> (b, L, C)
-        projected = self.in_proj(tokens)
+        projected = linear(tokens, self.in_proj.weight)
         if self.convolves_z:
             x, z = conv_silu_split(projected, self.conv1d_x.weight, self.conv1d_z.weight)
         else:
@@ -51,12 +52,12 @@ class MambaVisionMixer(nn.Module):
             x = conv_silu_tokens(x, self.conv1d_x.weight, causal=self.kind == "causal_no_z_conv")
             z = F.silu(z)
         y = x if self.kind == "no_ssm" else self._scan(x)
-        return self.out_proj(torch.cat((y, z), dim=-1) if self.concatenates else y * z)
+        return linear(torch.cat((y, z), dim=-1) if self.concatenates else y * z, self.out_proj.weight)
 
     def _scan(self, x: Tensor) -> Tensor:
-        dt, B, C = self.x_proj(x).split((self.dt_rank, self.state_size, self.state_size), dim=-1)
+        dt, B, C = linear(x, self.x_proj.weight).split((self.dt_rank, self.state_size, self.state_size), dim=-1)
         # The published network adds the bias in dt_proj and once more inside the scan: softplus(W dt + 2 b).
-        delta = F.linear(dt, self.dt_proj.weight)
+        delta = linear(dt, self.dt_proj.weight)
         A = -torch.exp(self.A_log.float())
         return selective_scan_tokens(
             x, delta, A, B, C, self.D.float(), 2.0 * self.dt_proj.bias.float(), backend=self.scan_backend

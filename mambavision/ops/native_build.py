@@ -48,6 +48,12 @@ SOURCES = (
     Source("row_kernels.cpp", per_isa=True),
     Source("token_inference.cpp"),
     Source("conv_inference.cpp"),
+    Source("pack_kernel.cpp", per_isa=True),
+    Source("linear_training.cpp"),
+    Source("norm_kernel.cpp", per_isa=True),
+    Source("norm_training.cpp"),
+    Source("attention_kernel.cpp", per_isa=True),
+    Source("attention_training.cpp"),
 )
 
 # No -march=native: it would put the build machine's instructions into inline functions that nothing guards.

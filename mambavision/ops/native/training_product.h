@@ -1,0 +1,155 @@
+// Matrix products of training on the matrix units: rows with a weight, and the gradient of a weight.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "bf16_gemm.h"
+#include "isa.h"
+#include "pack_kernel.h"
+
+#if defined(MAMBAVISION_MATRIX_UNITS)
+
+namespace mambavision {
+
+inline const PackKernels& pack_kernels() { return ISA_TABLE(pack_kernels); }
+
+inline int64_t ceil_divide(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+inline int64_t align_up(int64_t value, int64_t multiple) { return ceil_divide(value, multiple) * multiple; }
+
+inline Matrix matrix_of(const at::Tensor& tensor) {  // (rows, columns), columns contiguous
+  return {tensor.const_data_ptr(), tensor.scalar_type() == at::kBFloat16, tensor.size(0), tensor.size(1),
+          tensor.stride(0)};
+}
+
+inline Matrix part_of(const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  const int64_t size = m.bfloat16 ? 2 : 4;
+  return {static_cast<const char*>(m.data) + (row * m.stride + column) * size, m.bfloat16, rows, columns, m.stride};
+}
+
+// A weight as the second factor: x W^T (`transposed`: W is (columns, inner)) or dy W (W is (inner, columns)).
+struct TrainingWeight {
+  static constexpr int64_t kWidest = 320, kAlignment = 32;
+  int64_t columns, inner, blocks, block;
+  at::Tensor storage;
+
+  TrainingWeight(const at::Tensor& weight, bool transposed)
+      : columns(weight.size(transposed ? 0 : 1)), inner(weight.size(transposed ? 1 : 0)) {
+    blocks = ceil_divide(columns, kWidest);
+    block = align_up(ceil_divide(columns, blocks), kAlignment);
+    blocks = ceil_divide(columns, block);
+    const int64_t pairs = inner / 2;
+    storage = at::empty({blocks, pairs, block}, weight.options().dtype(at::kInt));
+    const Matrix whole = matrix_of(weight);
+    const int64_t parts = std::min<int64_t>(8, ceil_divide(pairs, 16)), step = align_up(ceil_divide(pairs, parts), 16);
+    at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; item++) {
+        const int64_t index = item / parts, first = item % parts * step, count = std::min(step, pairs - first);
+        if (count <= 0) continue;
+        const int64_t column = index * block, live = std::min(block, columns - column);
+        uint32_t* to = static_cast<uint32_t*>(storage.data_ptr()) + (index * pairs + first) * block;
+        if (transposed)
+          pack_kernels().pair_columns(part_of(whole, column, live, 2 * first, 2 * count), to, block, block);
+        else
+          pack_kernels().pair_rows(part_of(whole, 2 * first, 2 * count, column, live), to, block, block, nullptr);
+      }
+    });
+  }
+  const BFloat16* at(int64_t index) const {
+    return static_cast<const BFloat16*>(storage.const_data_ptr()) + index * inner * block;
+  }
+};
+
+// Rows are worked on in groups that stay in the second-level cache while the blocks of a weight go by. The cut changes no
+// result, as nothing is summed over rows here.
+constexpr int64_t kChunk = 32;  // rows a product at a time
+
+template <class Work>  // work(first row, last row, room for kChunk x width sums)
+void over_row_groups(int64_t rows, int64_t widest_row, int64_t width, const Work& work) {
+  constexpr int64_t kCacheBytes = 768 * 1024;
+  int64_t groups = ceil_divide(2 * rows * widest_row, kCacheBytes);
+  groups = align_up(std::max<int64_t>(groups, 1), at::get_num_threads());
+  const int64_t group = align_up(ceil_divide(rows, groups), kChunk);
+  at::parallel_for(0, ceil_divide(rows, group), 1, [&](int64_t begin, int64_t end) {
+    const MatrixUnits units;
+    const at::Tensor scratch = at::empty({kChunk * width}, at::kFloat);
+    for (int64_t g = begin; g < end; g++)
+      work(g * group, std::min((g + 1) * group, rows), scratch.mutable_data_ptr<float>());
+  });
+}
+
+// finish(A x weight) for these rows of A, bfloat16.
+inline void product(const Matrix& A, int64_t first, int64_t last, const TrainingWeight& weight,
+                    const ProductFinish& finish, float* sums) {
+  for (int64_t index = 0; index < weight.blocks; index++)
+    for (int64_t row = first; row < last; row += kChunk) {
+      const int64_t rows = std::min(kChunk, last - row), column = index * weight.block;
+      multiply(rows, weight.block, weight.inner, static_cast<const BFloat16*>(A.data) + row * A.stride, A.stride,
+               weight.at(index), weight.block, sums, weight.block);
+      ProductFinish part = finish;
+      const int64_t offset = row * finish.stride + column;
+      if (part.bias) part.bias += column;
+      part.out = static_cast<BFloat16*>(part.out) + offset;
+      if (part.factor) part.factor = static_cast<const BFloat16*>(part.factor) + offset;
+      if (part.derivative) part.derivative = static_cast<BFloat16*>(part.derivative) + offset;
+      pack_kernels().finish(sums, weight.block, rows, std::min(weight.block, weight.columns - column), part);
+    }
+}
+
+// gradient (dy.columns, x.columns), float32, = dy^T x; bias_gradient (dy.columns), unless null, = the columns' sums of dy.
+// The narrower of the two is transposed. The rows are cut by the problem's size alone, so that sums are repeatable.
+inline void weight_gradient(const Matrix& dy, const Matrix& x, float* gradient, float* bias_gradient) {
+  constexpr int64_t kRows = 512, kSlotRows = 1536, kMostSlots = 4, kWidest = 640;
+  const bool flipped = dy.columns > x.columns;  // then it is gradient^T = x^T dy that is computed
+  const Matrix &narrow = flipped ? x : dy, &wide = flipped ? dy : x;
+  const int64_t rows = dy.rows, height = narrow.columns, width = wide.columns;
+  const int64_t slots = std::clamp<int64_t>(rows / kSlotRows, 1, kMostSlots);
+  const int64_t blocks = ceil_divide(width, kWidest), block = align_up(ceil_divide(width, blocks), 32);
+  const int64_t slot_rows = align_up(ceil_divide(rows, slots), 32);
+  const int64_t padded = blocks * block;
+  const at::Tensor partial = at::empty({slots, height, padded}, at::kFloat);
+  const at::Tensor bias_partial = at::zeros({slots, dy.columns}, at::kFloat);
+  float* sums = partial.mutable_data_ptr<float>();
+  float* bias_sums = bias_gradient ? bias_partial.mutable_data_ptr<float>() : nullptr;
+  at::parallel_for(0, slots * blocks, 1, [&](int64_t begin, int64_t end) {
+    const MatrixUnits units;
+    const at::Tensor left = at::empty({height, kRows / 2}, at::kInt), right = at::empty({kRows / 2, block}, at::kInt);
+    uint32_t* A = static_cast<uint32_t*>(left.data_ptr());
+    uint32_t* B = static_cast<uint32_t*>(right.data_ptr());
+    for (int64_t item = begin; item < end; item++) {
+      const int64_t slot = item / blocks, column = item % blocks * block, live = std::min(block, width - column);
+      float* to = sums + slot * height * padded + column;
+      float* bias_to = bias_sums ? bias_sums + slot * dy.columns : nullptr;
+      const int64_t last = std::min((slot + 1) * slot_rows, rows);
+      for (int64_t row = slot * slot_rows; row < last; row += kRows) {
+        const int64_t count = std::min(kRows, last - row), pairs = ceil_divide(count, 2);
+        pack_kernels().transpose(part_of(narrow, row, count, 0, height), A, kRows / 2, pairs,
+                                 flipped || column > 0 ? nullptr : bias_to);
+        pack_kernels().pair_rows(part_of(wide, row, count, column, live), B, block, block,
+                                 flipped && bias_to ? bias_to + column : nullptr);
+        multiply(height, block, 2 * pairs, reinterpret_cast<BFloat16*>(A), kRows, reinterpret_cast<BFloat16*>(B), block,
+                 to, padded, row > slot * slot_rows);
+      }
+    }
+  });
+  at::parallel_for(0, ceil_divide(height, 16), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; tile++)
+      pack_kernels().reduce(sums + tile * 16 * padded, slots, height * padded, padded, std::min<int64_t>(16, height - tile * 16),
+                            width, flipped, flipped ? gradient + tile * 16 : gradient + tile * 16 * width,
+                            flipped ? height : width);
+  });
+  if (bias_gradient)
+    for (int64_t c = 0; c < dy.columns; c++) {
+      float sum = 0.0f;
+      for (int64_t slot = 0; slot < slots; slot++) sum += bias_sums[slot * dy.columns + c];
+      bias_gradient[c] = sum;
+    }
+}
+
+}  // namespace mambavision
+
+#endif
