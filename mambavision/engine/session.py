@@ -22,6 +22,7 @@ from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
 from mambavision.engine import checkpoint
 from mambavision.engine.admission import check_before_start, failures_in_status, locked, log_changes, refusal
+from mambavision.engine.allocator import keep_freed_memory
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.failure import first_cause, leave_note
 from mambavision.engine.precision import resolve_precision
@@ -48,6 +49,8 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
     run_dir = RunDirectory(Path(agreed_run_directory(cfg)))
     plan = batch_plan(cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size, world.world_size)
     set_threads(cfg.trainer.threads, world)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     precision = resolve_precision(cfg.trainer.precision, world)
     with contextlib.ExitStack() as parts:
         stop = parts.enter_context(StopNotice(world, run_dir.stop_file))
