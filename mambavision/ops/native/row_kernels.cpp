@@ -28,11 +28,23 @@ INLINE Vec gelu_rough(Vec x) {
   return at_least(x, 0.0f) - distance * tail;
 }
 
+// The tanh form, x sigmoid(u), likewise. The sigmoid's smallest value is 1e-38 instead of 0.
+INLINE Vec gelu_tanh_rough(Vec x) {
+  const Vec argument = x * (1.59576912f + 0.0713548162f * (x * x));
+  const float limit = kExponentLimit * kLn2;
+  const Vec z = exp2_product_rough(at_most(at_least(argument, -limit), limit), splat(-kLog2E));
+#if defined(__AVX512F__)
+  return x * (Vec)_mm512_rcp14_ps((__m512)(1.0f + z));
+#else
+  return x / (1.0f + z);
+#endif
+}
+
 template <Activation kActivation>
 INLINE Vec activate(Vec x) {
   if (kActivation == Activation::relu) return at_least(x, 0.0f);
   if (kActivation == Activation::gelu) return gelu_rough(x);
-  if (kActivation == Activation::gelu_tanh) return x * gelu_tanh(x).gate;
+  if (kActivation == Activation::gelu_tanh) return gelu_tanh_rough(x);
   return x;
 }
 
