@@ -134,9 +134,13 @@ void pack_keys(const BFloat16* keys, int64_t stride, int64_t tokens, int64_t pad
 // One head's values as the right factor of weights x values: (padded tokens / 2, padded width, 2); padding is left alone.
 void pack_values(const BFloat16* values, int64_t stride, int64_t tokens, int64_t width, int64_t padded_width,
                  BFloat16* packed) {
-  for (int64_t t = 0; t < tokens; t++) {
-    BFloat16* row = packed + (t / 2) * 2 * padded_width + t % 2;
-    for (int64_t c = 0; c < width; c++) row[2 * c] = values[t * stride + c];
+  static const uint16_t zeros[1] = {0};
+  for (int64_t t = 0; t < tokens; t += 2) {
+    const uint16_t* even = reinterpret_cast<const uint16_t*>(values + t * stride);
+    const bool pair = t + 1 < tokens;
+    const uint16_t* odd = pair ? even + stride : zeros;
+    uint16_t* to = reinterpret_cast<uint16_t*>(packed + t * padded_width);
+    for (int64_t c = 0; c < width; c++) to[2 * c] = even[c], to[2 * c + 1] = pair ? odd[c] : 0;
   }
 }
 
