@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -113,6 +114,11 @@ def find_or_build() -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(library.with_suffix(".lock")):
             if not library.exists():
+                print(
+                    f"compiling the CPU kernels into {library.parent}, once: a minute or two",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 _build(compiler, library)
     except OSError as error:
         raise NativeBuildError(
