@@ -306,7 +306,7 @@ def test_the_model_fused_for_inference_is_equal_and_leaves_the_original_alone(sc
     with torch.no_grad():
         assert relative(fused(x), model(x)) < 1e-5
         half = fuse_for_inference(model, torch.bfloat16)
-        assert half.levels[0].blocks[0].conv1.weight.dtype == torch.bfloat16
+        assert half.head.weight.dtype == torch.bfloat16
         assert half(x).dtype == torch.bfloat16 and relative(half(x).float(), model(x)) < 0.03
     assert all(p.requires_grad for p in model.parameters()) and isinstance(model.norm, torch.nn.BatchNorm2d)
 
