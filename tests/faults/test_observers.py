@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import ROOT, STEPS, Trainer, Training, state_hash
-from tests.faults.wandb_server import serving
+from tests.wandb_server import WandbServer
 
 pytestmark = pytest.mark.faults
 LOGGED = list(range(2, STEPS + 1, 2))
@@ -70,8 +70,8 @@ def test_the_real_wandb_runs_offline_without_a_key(train: Trainer, reference: st
 
 
 def test_the_real_wandb_continues_the_same_run_online_with_each_step_once(train: Trainer) -> None:
-    with serving() as server:
-        environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "x" * 40, "HOME": str(train.output_dir)}
+    with WandbServer() as server:
+        environment = {**server.environment, "HOME": str(train.output_dir)}
         train.run("run", "logger.wandb=online", fault="term@13", ranks=1, timeout=150, **environment)
         again = train.run("run", "logger.wandb=online", ranks=1, timeout=150, **environment)
         assert again.code == 0, again.output

@@ -13,7 +13,7 @@ import pytest
 
 from mambavision.telemetry.sinks import read_events
 from tests.integration.torchrun import ROOT
-from tests.integration.wandb_server import WandbServer
+from tests.wandb_server import WandbServer
 
 pytestmark = pytest.mark.slow
 
