@@ -29,6 +29,7 @@ from mambavision.engine.precision import resolve_precision
 from mambavision.engine.stop import StopNotice
 from mambavision.engine.trainer import Trainer
 from mambavision.engine.watchdog import Watchdog
+from mambavision.ops.selective_scan import choose_backend
 from mambavision.run_dir import RunDirectory, fingerprint, run_directory
 from mambavision.run_history import no_progress_message, starts_without_progress
 from mambavision.run_lock import LockLost, RunLock
@@ -236,7 +237,7 @@ def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed
         model=cfg.model.name,
         parameters=sum(p.numel() for p in trainer.raw_model.parameters()),
         num_classes=num_classes,
-        scan_backend=cfg.model.scan_backend,
+        scan_backend=choose_backend(world.device.type, torch.float32, cfg.model.scan_backend),
         train_images=trainer.train_loader.num_samples,
         eval_images=trainer.eval_loader.num_samples,
         batch_plan=str(trainer.plan),
