@@ -159,7 +159,7 @@ class LoggerConfig:
     group: str | None = None
     tags: tuple[str, ...] = ()
     init_timeout_seconds: float = 20.0  # then offline, with one warning
-    artifacts: bool = False  # upload best and last weights
+    artifacts: bool = False  # at the end of the run, its best and its last checkpoint as W&B artifacts
     console: str = "auto"  # auto (progress bar on a terminal, lines elsewhere) | lines | off
 
 

@@ -59,6 +59,13 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("step_*.pt") if p.stem.removeprefix("step_").isdigit())
 
 
+def best_of(paths: list[Path]) -> Path | None:
+    """The one with the highest score in its sidecar, the newer of two alike; None where none was evaluated."""
+    scores = {path: (read_sidecar(path) or {}).get("score") for path in paths}
+    scored = [path for path in paths if scores[path] is not None]
+    return sorted(scored, key=lambda path: scores[path])[-1] if scored else None
+
+
 def verify(path: Path) -> str | None:
     """None if the file is what was written, else the reason why it cannot be believed."""
     record = read_sidecar(path)

@@ -16,7 +16,14 @@ import torch
 
 from mambavision.config import CheckpointConfig
 from mambavision.engine import checkpoint, faults
-from mambavision.engine.checkpoint import CheckpointError, checkpoint_path, list_checkpoints, read_sidecar, sidecar
+from mambavision.engine.checkpoint import (
+    CheckpointError,
+    best_of,
+    checkpoint_path,
+    list_checkpoints,
+    read_sidecar,
+    sidecar,
+)
 
 _FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 5.0, 300.0
 _FINAL_ATTEMPTS = 3  # for a checkpoint that the run waits for
@@ -202,9 +209,8 @@ class Checkpointer:
         keep = set(paths[-self.cfg.keep_last :]) | {checkpoint_path(self.directory, self.on_disk_step)}
         records = {p: read_sidecar(p) or {} for p in paths}
         keep |= set([p for p in paths if is_good(records[p])][-1:])
-        if self.cfg.keep_best:
-            scored = [p for p in paths if records[p].get("score") is not None]
-            keep |= set(sorted(scored, key=lambda p: records[p]["score"])[-1:])
+        if self.cfg.keep_best and (best := best_of(paths)) is not None:
+            keep.add(best)
         if self.cfg.keep_every_epochs:
             keep |= {p for p in paths if _epoch_to_keep(records[p], self.cfg.keep_every_epochs)}
         for path in paths:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from mambavision.config import LoggerConfig
+from mambavision.engine.checkpoint import best_of, list_checkpoints, read_sidecar
 from mambavision.run_dir import write_atomically
 
 _QUEUE_EVENTS = 10_000
-_CLOSE_SECONDS, _CLOSE_HURRIED_SECONDS = 30.0, 3.0
+_CLOSE_SECONDS, _CLOSE_HURRIED_SECONDS, _UPLOAD_SECONDS = 30.0, 3.0, 900.0
 _SENT_EVENTS = ("train", "eval")
 _GRACE_SECONDS = 15.0  # after init_timeout_seconds, for W&B's own retries and the step to offline
 _FAILURES_IN_A_ROW = 20  # of log calls, after which W&B is left alone
@@ -48,6 +49,8 @@ class WandbSink:
         self.thread.start()
 
     def log(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "stop" and fields["status"] == "finished" and self.cfg.artifacts:
+            self._put("artifacts", {})
         if event not in _SENT_EVENTS or fields["step"] <= self.last_step[event]:
             return
         self.last_step[event] = fields["step"]
@@ -55,6 +58,9 @@ class WandbSink:
         if self.progress == "starting" and waiting > self.cfg.init_timeout_seconds + _GRACE_SECONDS:
             self._warn(f"W&B has not started within {waiting:.0f} s; training does not wait for it")
         values = {k: v for k, v in fields.items() if isinstance(v, (int, float))}
+        self._put(event, values)
+
+    def _put(self, event: str, values: dict[str, float]) -> None:
         try:
             self.events.put_nowait((event, values))
         except queue.Full:
@@ -63,7 +69,8 @@ class WandbSink:
 
     def close(self, *, in_a_hurry: bool = False) -> None:
         """Wait a bounded time for what is queued; what W&B has not taken by then is in metrics.jsonl."""
-        seconds = _CLOSE_HURRIED_SECONDS if in_a_hurry else _CLOSE_SECONDS
+        patience = _UPLOAD_SECONDS if self.cfg.artifacts and self.progress != "failed" else _CLOSE_SECONDS
+        seconds = _CLOSE_HURRIED_SECONDS if in_a_hurry else patience
         try:
             self.events.put_nowait(None)
         except queue.Full:
@@ -106,6 +113,9 @@ class WandbSink:
                 pass
 
     def _send(self, run: Any, event: str, values: dict[str, float]) -> None:
+        if event == "artifacts":
+            self._upload_checkpoints(run)
+            return
         run.log(values)
         if event == "eval":
             self._summarise(run, values)
@@ -153,6 +163,20 @@ class WandbSink:
             if key in values:
                 best = f"best/{key.removeprefix('eval/')}"
                 run.summary[best] = max(values[key], run.summary.get(best) or 0.0)
+
+    def _upload_checkpoints(self, run: Any) -> None:
+        """The last checkpoint and the best, as versions of one artifact with these aliases; eval.py reads them."""
+        import wandb
+
+        paths = list_checkpoints(self.directory / "checkpoints")
+        aliases: dict[Path, list[str]] = {}
+        for alias, path in (("best", best_of(paths)), ("last", paths[-1] if paths else None)):
+            if path is not None:
+                aliases.setdefault(path, []).append(alias)
+        for path, names in aliases.items():
+            artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata=read_sidecar(path))
+            artifact.add_file(str(path), name=path.name)
+            run.log_artifact(artifact, aliases=names)
 
     def _run_id(self) -> str:
         path = self.directory / "wandb_run_id"

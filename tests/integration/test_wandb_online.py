@@ -56,6 +56,19 @@ def test_a_requeued_run_is_one_wandb_run_and_its_offline_part_is_synced_into_it(
         assert [line["step"] for line in run.history if "train/loss" in line] == list(range(5, 65, 5))
 
 
+def test_the_best_and_the_last_checkpoint_become_artifacts_if_wanted(tmp_path: Path) -> None:
+    words = ("logger.artifacts=true", "trainer.max_steps=20", "checkpoint.keep_last=1")
+    done = train(tmp_path, *words, WANDB_MODE="offline", WANDB_API_KEY="", WANDB_DATA_DIR=str(tmp_path))
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    sent = log.read_bytes()
+    run_id = (tmp_path / "run" / "wandb_run_id").read_text()
+    assert f"checkpoint-{run_id}".encode() in sent and b"best" in sent and b"last" in sent
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1]
+    staged = [path for path in tmp_path.rglob("artifacts/**/*") if path.is_file()]
+    assert newest.stat().st_size in {path.stat().st_size for path in staged}
+
+
 def test_without_a_network_training_starts_at_once_and_finishes_with_one_warning(tmp_path: Path) -> None:
     with socket.socket() as closed:  # bound, so that nobody else takes the port; not listening, so that it refuses
         closed.bind(("127.0.0.1", 0))
