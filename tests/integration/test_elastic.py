@@ -18,7 +18,7 @@ from mambavision.telemetry.sinks import read_events
 from tests.integration.torchrun import ROOT
 
 pytestmark = pytest.mark.slow
-SECONDS, RESTART_SECONDS = 240, 90
+SECONDS, RESTART_SECONDS = 240, 120
 
 
 def free_port() -> int:
@@ -28,8 +28,9 @@ def free_port() -> int:
 
 
 def test_a_run_over_two_agents_survives_the_death_of_a_rank(tmp_path: Path) -> None:
-    # Seen once: both agents noticed the death, stopped their ranks, and never met again to start new ones. That is
-    # torchrun's to mend; such an attempt is repeated, a failure after the ranks were started again is not.
+    # torchrun's restarts race: where both agents notice the death, a new rank may be given the address of a dead one, fail
+    # and use up a restart, or the agents wait for each other. Hence three restarts, as the documentation advises, and an
+    # attempt in which no new ranks came up is repeated; a failure after that is not.
     for attempt in range(3):
         directory = tmp_path / str(attempt)
         directory.mkdir()
@@ -40,7 +41,7 @@ def test_a_run_over_two_agents_survives_the_death_of_a_rank(tmp_path: Path) -> N
 
 def kill_a_rank_of_two_agents(tmp_path: Path) -> bool:
     """Returns whether torchrun started the ranks again."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3"]
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=elastic"]
     settings = ["experiment=tiny", "logger=jsonl", "run_name=run", f"output_dir={tmp_path}"]
     # Slow enough to be killed in the middle, whatever the machine.
@@ -73,5 +74,5 @@ def kill_a_rank_of_two_agents(tmp_path: Path) -> bool:
     output = "".join((tmp_path / f"host{host}.out").read_text() for host in range(2))
     assert codes == [0, 0], output
     assert run.status()["status"] == "finished" and run.status()["step"] == 60
-    assert len(starts) == 2 and starts[1]["step"] >= 10, output  # the newest checkpoint before the kill
+    assert len(starts) >= 2 and starts[1]["step"] >= 10, output  # the newest checkpoint before the kill
     return True
