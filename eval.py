@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Score a checkpoint, ours (raw and EMA weights) or a published one.
 
+Examples:
     python eval.py checkpoint=runs/NAME                                   # the best checkpoint of a run, on its own data
     python eval.py checkpoint=PATH.pt data=ffcv data.path=DIR
     python eval.py checkpoint=mambavision_tiny_1k.pth.tar model=mambavision_t data=folder data.path=DIR

@@ -57,7 +57,7 @@ class AugmentConfig:
     pad_crop: int = 0  # with random_crop False: zero-pad by this many px, then crop at random (small images)
     hflip: float = 0.5  # probability of a horizontal flip
     auto_augment: str = "rand-m9-mstd0.5-inc1"  # timm's notation; trivial | three | none
-    color_jitter: float = 0.0  # strength of brightness, contrast, saturation; used only without auto_augment or with three
+    color_jitter: float = 0.0  # strength of brightness, contrast, saturation; only without auto_augment or with three
     erasing_prob: float = 0.25  # probability of erasing one rectangle with pixel noise
     mixup: float = 0.8  # alpha of mixup, 0 turns it off
     cutmix: float = 1.0  # alpha of cutmix, 0 turns it off

@@ -10,6 +10,7 @@ activate_venv
 # Tests start many small processes; threads that spin while they wait would fight for the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-100}" WANDB_SILENT=true
 ruff check .
+ruff format --check .
 if [ $# = 0 ]; then
     set -- tests/unit tests/integration tests/gpu tests/faults/test_kills.py tests/faults/test_checkpoints.py
 elif [ "$1" = --all ]; then

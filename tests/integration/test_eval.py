@@ -24,7 +24,8 @@ def evaluate(*given: str) -> dict:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("runs")
     overrides = ["model=mambavision_nano", *SHRUNK, "trainer.ema_decay=0.5", f"output_dir={output}", "run_name=x"]
-    return output / "x", run(compose_train_config([*overrides, "data.synthetic_eval_samples=37", "trainer.precision=fp32"]))
+    overrides += ["data.synthetic_eval_samples=37", "trainer.precision=fp32"]
+    return output / "x", run(compose_train_config(overrides))
 
 
 def test_a_run_directory_gives_the_scores_its_training_logged(finished_run: tuple[Path, dict]):
