@@ -1,28 +1,19 @@
-// Attention over short windows in training as a torch operator, on the matrix units: one head of one window at a time, its
+// The operators of attention over short windows in training, on the matrix units: one head of one window at a time, its
 // scores in the cache. The backward computes the scores again, transposed, so that only the gradient of the queries needs a
 // transposition. Nothing is summed across heads or windows: results do not depend on the number of threads.
 //
-//   attention_training   softmax(q k^T / sqrt(width)) v of qkv (b, L, 3 heads width), bfloat16; differentiable
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
-
+//   attention_training_forward    softmax(q k^T / sqrt(width)) v of qkv (b, L, 3 heads width), bfloat16
+//   attention_training_backward   the gradient of qkv
 #include <cmath>
 
 #include "attention_kernel.h"
+#include "operators.h"
 #include "training_product.h"
 
 #if defined(MAMBAVISION_MATRIX_UNITS)  // elsewhere ops/training.py asks for none of this
 
 namespace mambavision {
 namespace {
-
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 const AttentionKernels& kernels() { return ISA_TABLE(attention_kernels); }
 
@@ -56,9 +47,9 @@ const BFloat16* elements(const uint32_t* pairs) { return reinterpret_cast<const 
 
 struct Scratch {  // of one thread
   explicit Scratch(const Sizes& s)
-      : floats(at::empty({2 * s.tokens * s.padded + s.tokens * s.padded_width + 3 * s.padded}, at::kFloat)),
-        halves(at::empty({2 * s.tokens * s.padded}, at::kBFloat16)),
-        words(at::empty({4 * s.padded * s.padded_width + s.padded * s.padded}, at::kInt)),
+      : floats(scratch({2 * s.tokens * s.padded + s.tokens * s.padded_width + 3 * s.padded}, at::kFloat)),
+        halves(scratch({2 * s.tokens * s.padded}, at::kBFloat16)),
+        words(scratch({4 * s.padded * s.padded_width + s.padded * s.padded}, at::kInt)),
         scores(floats.mutable_data_ptr<float>()),
         dweights(scores + s.tokens * s.padded),
         sums(dweights + s.tokens * s.padded),
@@ -74,11 +65,13 @@ struct Scratch {  // of one thread
   uint32_t* pairs;
 };
 
-std::tuple<Tensor, Tensor> attention_training_forward(const Tensor& qkv_in, int64_t heads) {
+}  // namespace
+
+Two attention_training_forward(const Tensor& qkv_in, int64_t heads) {
   const Tensor qkv = qkv_in.contiguous();
   const Sizes s(qkv, heads);
-  const Tensor out = at::empty({s.batch, s.tokens, s.dim()}, qkv.options());
-  const Tensor log_sums = at::empty({s.batch * heads, s.padded}, qkv.options().dtype(at::kFloat));
+  const Tensor out = qkv.new_empty({s.batch, s.tokens, s.dim()});
+  const Tensor log_sums = qkv.new_empty({s.batch * heads, s.padded}, at::kFloat);
   at::parallel_for(0, s.batch * heads, 1, [&](int64_t begin, int64_t end) {
     const MatrixUnits units;
     Scratch own(s);
@@ -105,7 +98,7 @@ Tensor attention_training_backward(const Tensor& dout_in, const Tensor& qkv_in, 
   const Tensor qkv = qkv_in.contiguous(), out = out_in.contiguous(), dout = dout_in.to(at::kBFloat16).contiguous();
   const Sizes s(qkv, heads);
   TORCH_CHECK(dout.sizes() == out.sizes(), "attention_training_backward got a gradient of shape ", dout.sizes());
-  const Tensor dqkv = at::empty_like(qkv);
+  const Tensor dqkv = new_like(qkv);
   at::parallel_for(0, s.batch * heads, 1, [&](int64_t begin, int64_t end) {
     const MatrixUnits units;
     Scratch own(s);
@@ -136,52 +129,6 @@ Tensor attention_training_backward(const Tensor& dout_in, const Tensor& qkv_in, 
   return dqkv;
 }
 
-template <class Function>
-const auto& operator_named(const char* name) {
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
-  return op;
-}
-
-struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
-  static Tensor forward(AutogradContext* context, const Tensor& qkv, int64_t heads) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [out, log_sums] = operator_named<decltype(attention_training_forward)>("mambavision::attention_training_forward")
-                               .call(qkv, heads);
-    context->save_for_backward({qkv, out, log_sums});
-    context->saved_data["heads"] = heads;
-    return out;
-  }
-  static variable_list backward(AutogradContext* context, const variable_list& dout) {
-    const variable_list saved = context->get_saved_variables();
-    return {operator_named<decltype(attention_training_backward)>("mambavision::attention_training_backward")
-                .call(dout[0], saved[0], saved[1], saved[2], context->saved_data["heads"].toInt()),
-            Tensor()};
-  }
-};
-
-Tensor attention_training(const Tensor& qkv, int64_t heads) { return AttentionFunction::apply(qkv, heads); }
-
-}  // namespace
 }  // namespace mambavision
-
-TORCH_LIBRARY_FRAGMENT(mambavision, library) {
-  library.def("attention_training(Tensor qkv, int heads) -> Tensor");
-  library.def("attention_training_forward(Tensor qkv, int heads) -> (Tensor, Tensor)");
-  library.def(
-      "attention_training_backward(Tensor dout, Tensor qkv, Tensor out, Tensor log_sums, int heads) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CompositeImplicitAutograd, library) {
-  library.impl("attention_training", mambavision::attention_training);
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
-  library.impl("attention_training_forward", mambavision::attention_training_forward);
-  library.impl("attention_training_backward", mambavision::attention_training_backward);
-}
-
-TORCH_LIBRARY_IMPL(mambavision, Autograd, library) {  // first gradients pass; who differentiates them is told
-  library.impl("attention_training_backward", torch::autograd::autogradNotImplementedFallback());
-}
 
 #endif

@@ -1,4 +1,4 @@
-// The mixer's convolutions over tokens as torch operators: checks, parallel split, sums in a fixed order, autograd.
+// The operators of the mixer's convolutions over tokens: checks, parallel split, sums in a fixed order.
 // One call convolves all branches of a projection's output, x and z: it is read in place, and its gradient comes back as
 // one tensor, with no copy to split the one or to join the other.
 //
@@ -6,23 +6,16 @@
 //   token_conv_forward    one contiguous output per branch
 //   token_conv_backward   the gradient of the input and of every branch's taps; itself not differentiable
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "depthwise_conv_kernel.h"
 #include "isa.h"
+#include "operators.h"
 
 namespace mambavision {
 namespace {
-
-using at::Tensor;
-using at::TensorList;
 
 // Work is cut by the problem's size alone, never by the number of threads: sums then come out bit for bit the same.
 constexpr int64_t kTileTokens = 256;  // a sequence is cut into equal tiles of at most so many tokens
@@ -89,13 +82,15 @@ struct Branches {
   int64_t total_channels = 0, total_taps = 0;
 };
 
+}  // namespace
+
 std::vector<Tensor> token_conv_forward(const Tensor& x_in, TensorList weights, bool causal, bool silu) {
   check_inputs(x_in, weights);
   const Tensor x = with_contiguous_rows(x_in);
   Branches branches(x, weights, causal, silu);
   std::vector<Tensor> outputs;
   for (TokenConv& conv : branches.convs) {
-    outputs.push_back(at::empty({x.size(0), x.size(1), conv.channels}, x.options()));
+    outputs.push_back(x.new_empty({x.size(0), x.size(1), conv.channels}));
     conv.y = rows_of(outputs.back());
   }
   const int64_t tiles = divide_up(x.size(1), kTileTokens);
@@ -113,7 +108,7 @@ std::tuple<Tensor, std::vector<Tensor>> token_conv_backward(TensorList dys_in, c
   TORCH_CHECK(dys_in.size() == weights.size(), "token_conv_backward wants one gradient per branch");
   const Tensor x = with_contiguous_rows(x_in);
   Branches branches(x, weights, causal, silu);
-  const Tensor dx = at::empty(x.sizes(), x.options());
+  const Tensor dx = x.new_empty(x.sizes());
   std::vector<Tensor> dys;
   for (size_t k = 0; k < branches.convs.size(); k++) {
     TORCH_CHECK(dys_in[k].dim() == 3 && dys_in[k].size(0) == x.size(0) && dys_in[k].size(1) == x.size(1) &&
@@ -142,7 +137,7 @@ std::tuple<Tensor, std::vector<Tensor>> token_conv_backward(TensorList dys_in, c
   std::vector<Tensor> dweights;
   for (size_t k = 0; k < branches.convs.size(); k++) {
     const TokenConv& conv = branches.convs[k];
-    const Tensor gradient = at::empty({conv.channels, 1, kTaps}, x.options().dtype(at::kFloat));
+    const Tensor gradient = x.new_empty({conv.channels, 1, kTaps}, at::kFloat);
     float* to = gradient.mutable_data_ptr<float>();
     for (int64_t c = 0; c < conv.channels; c++)
       for (int tap = 0; tap < kTaps; tap++)
@@ -152,78 +147,14 @@ std::tuple<Tensor, std::vector<Tensor>> token_conv_backward(TensorList dys_in, c
   return {dx, dweights};
 }
 
-const auto& forward_operator() {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("mambavision::token_conv_forward", "")
-                       .typed<decltype(token_conv_forward)>();
-  return op;
-}
-
-const auto& backward_operator() {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("mambavision::token_conv_backward", "")
-                       .typed<decltype(token_conv_backward)>();
-  return op;
-}
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-struct TokenConvFunction : torch::autograd::Function<TokenConvFunction> {
-  static variable_list forward(AutogradContext* context, const Tensor& x, TensorList weights, bool causal, bool silu) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    variable_list saved{x};
-    saved.insert(saved.end(), weights.begin(), weights.end());
-    context->save_for_backward(saved);
-    context->saved_data["causal"] = causal;
-    context->saved_data["silu"] = silu;
-    return forward_operator().call(x, weights, causal, silu);
-  }
-  static variable_list backward(AutogradContext* context, const variable_list& dys) {
-    const variable_list saved = context->get_saved_variables();
-    const TensorList weights(saved.data() + 1, saved.size() - 1);
-    auto [dx, dweights] = backward_operator().call(dys, saved[0], weights, context->saved_data["causal"].toBool(),
-                                                   context->saved_data["silu"].toBool());
-    variable_list gradients{dx};
-    gradients.insert(gradients.end(), dweights.begin(), dweights.end());
-    gradients.resize(gradients.size() + 2);  // none for the flags
-    return gradients;
-  }
-};
-
 // float16 is brought to float32 and back: CPUs of today compute in neither bfloat16 nor float16 here.
 std::vector<Tensor> token_conv(const Tensor& x_in, TensorList weights, bool causal, bool silu) {
   TORCH_CHECK_VALUE(is_supported(x_in.scalar_type()) || x_in.scalar_type() == at::kHalf,
                     "the CPU token convolution takes float32, bfloat16 or float16, got ", x_in.scalar_type());
   const Tensor x = x_in.scalar_type() == at::kHalf ? x_in.to(at::kFloat) : x_in;
-  const bool wanted = x.requires_grad() ||
-                      std::any_of(weights.begin(), weights.end(), [](const Tensor& w) { return w.requires_grad(); });
-  std::vector<Tensor> outputs = at::GradMode::is_enabled() && wanted
-                                    ? TokenConvFunction::apply(x, weights, causal, silu)
-                                    : forward_operator().call(x, weights, causal, silu);
+  std::vector<Tensor> outputs = differentiable_token_conv(x, weights, causal, silu);
   for (Tensor& output : outputs) output = output.to(x_in.scalar_type());
   return outputs;
 }
 
-}  // namespace
 }  // namespace mambavision
-
-TORCH_LIBRARY_FRAGMENT(mambavision, library) {
-  library.def("token_conv(Tensor x, Tensor[] weights, bool causal, bool silu) -> Tensor[]");
-  library.def("token_conv_forward(Tensor x, Tensor[] weights, bool causal, bool silu) -> Tensor[]");
-  library.def(
-      "token_conv_backward(Tensor[] dys, Tensor x, Tensor[] weights, bool causal, bool silu) -> (Tensor, Tensor[])");
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CompositeImplicitAutograd, library) {
-  library.impl("token_conv", mambavision::token_conv);
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
-  library.impl("token_conv_forward", mambavision::token_conv_forward);
-  library.impl("token_conv_backward", mambavision::token_conv_backward);
-}
-
-TORCH_LIBRARY_IMPL(mambavision, Autograd, library) {  // first gradients pass; who differentiates them is told
-  library.impl("token_conv_backward", torch::autograd::autogradNotImplementedFallback());
-}

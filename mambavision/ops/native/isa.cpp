@@ -1,14 +1,22 @@
-// Reads the processor's features and MAMBAVISION_ISA; tells Python which instruction set won and whether there are matrix units.
+// Reads the processor's features and MAMBAVISION_ISA.
 #include "isa.h"
 
-#include <torch/library.h>
+#include <c10/util/Exception.h>
 
 #include <cstdlib>
 #include <string>
 
-#include "bf16_gemm.h"
-
 namespace mambavision {
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512bf16: return "avx512bf16";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
 namespace {
 
 Isa best_isa() {
@@ -22,15 +30,6 @@ Isa best_isa() {
   if (avx2) return Isa::avx2;
 #endif
   return Isa::baseline;
-}
-
-const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::avx512bf16: return "avx512bf16";
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    default: return "baseline";
-  }
 }
 
 Isa choose_isa() {
@@ -54,8 +53,3 @@ Isa selected_isa() {
 }
 
 }  // namespace mambavision
-
-TORCH_LIBRARY_FRAGMENT(mambavision, library) {
-  library.def("matrix_units_available() -> bool", [] { return mambavision::matrix_units_available(); });
-  library.def("native_isa() -> str", [] { return std::string(mambavision::isa_name(mambavision::selected_isa())); });
-}

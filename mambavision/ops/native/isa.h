@@ -9,6 +9,8 @@ enum class Isa { baseline, avx2, avx512, avx512bf16 };
 // there). All x86-64 compilers that can build torch extensions know these flags.
 Isa selected_isa();
 
+const char* isa_name(Isa isa);
+
 }  // namespace mambavision
 
 // Files listed with per_isa=True in native_build.py are compiled once per instruction set with NATIVE_ISA naming it;

@@ -1,29 +1,16 @@
-// Linear layers and MLPs of a training step as torch operators: bfloat16 activations, float32 or bfloat16 weights, sums in
+// The operators of linear layers and MLPs in a training step: bfloat16 activations, float32 or bfloat16 weights, sums in
 // float32, gradients of weights in the weights' own type. The weights are rounded while they are packed, the bias, GELU and
 // its derivative are applied to sums still in the cache, and a bias's gradient is summed while its rows are packed.
-//
-//   linear_training, mlp_training    what Python calls; differentiable
-//   *_forward, *_backward            themselves not differentiable
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include <algorithm>
+#include <vector>
 
-#include <optional>
-
+#include "operators.h"
 #include "training_product.h"
 
 #if defined(MAMBAVISION_MATRIX_UNITS)  // elsewhere ops/training.py asks for none of this
 
 namespace mambavision {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
 
 Tensor rows_of(const Tensor& x) {  // (..., inner) -> (rows, inner), a view wherever the layout allows
   TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16 && x.device().is_cpu(),
@@ -49,7 +36,7 @@ Tensor float_bias(const OptionalTensor& bias, int64_t columns) {
 Tensor empty_rows(const Tensor& like, int64_t columns) {  // (..., columns), bfloat16
   std::vector<int64_t> sizes = like.sizes().vec();
   sizes.back() = columns;
-  return at::empty(sizes, like.options().dtype(at::kBFloat16));
+  return like.new_empty(sizes, at::kBFloat16);
 }
 
 ProductFinish into(const Tensor& out, const Tensor& bias = {}) {
@@ -77,13 +64,15 @@ void apply_both(const Tensor& x, const TrainingWeight& first_weight, const Produ
   });
 }
 
-std::tuple<Tensor, Tensor> gradients_of(const Tensor& dy, const Tensor& x, at::ScalarType type, bool has_bias) {
-  const Tensor weight = at::empty({dy.size(1), x.size(1)}, x.options().dtype(at::kFloat));
-  const Tensor bias = has_bias ? at::empty({dy.size(1)}, weight.options()) : Tensor();
+Two gradients_of(const Tensor& dy, const Tensor& x, at::ScalarType type, bool has_bias) {
+  const Tensor weight = x.new_empty({dy.size(1), x.size(1)}, at::kFloat);
+  const Tensor bias = has_bias ? weight.new_empty({dy.size(1)}) : Tensor();
   weight_gradient(matrix_of(dy), matrix_of(x), weight.mutable_data_ptr<float>(),
                   has_bias ? bias.mutable_data_ptr<float>() : nullptr);
-  return {weight.to(type), has_bias ? bias : at::empty({0}, weight.options())};
+  return {weight.to(type), has_bias ? bias : weight.new_empty({0})};
 }
+
+}  // namespace
 
 Tensor linear_training_forward(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor& bias) {
   const Tensor x = rows_of(x_in), weight = weight_of(weight_in, x.size(1)), y = empty_rows(x_in, weight.size(0));
@@ -94,22 +83,19 @@ Tensor linear_training_forward(const Tensor& x_in, const Tensor& weight_in, cons
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_training_backward(const Tensor& dy_in, const Tensor& x_in,
-                                                            const Tensor& weight_in, bool has_bias, bool wants_dx) {
+Three linear_training_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in, bool has_bias,
+                               bool wants_dx) {
   const Tensor dy = rows_of(dy_in.to(at::kBFloat16)), x = rows_of(x_in), weight = weight_of(weight_in, x.size(1));
-  const Tensor dx = wants_dx ? empty_rows(x_in, x.size(1)) : at::empty({0}, x.options());
+  const Tensor dx = wants_dx ? empty_rows(x_in, x.size(1)) : x.new_empty({0});
   if (wants_dx && dx.numel() > 0) apply(dy, TrainingWeight(weight, /*transposed=*/false), into(dx));
   auto [dweight, dbias] = gradients_of(dy, x, weight.scalar_type(), has_bias);
   return {dx, dweight, dbias};
 }
 
-using Three = std::tuple<Tensor, Tensor, Tensor>;
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 Three mlp_training_forward(const Tensor& x_in, const Tensor& w1_in, const Tensor& b1, const Tensor& w2_in,
                            const Tensor& b2) {
   const Tensor x = rows_of(x_in), w1 = weight_of(w1_in, x.size(1)), w2 = weight_of(w2_in, w1.size(0));
-  const Tensor hidden = at::empty({x.size(0), w1.size(0)}, x.options()), derivative = at::empty_like(hidden);
+  const Tensor hidden = x.new_empty({x.size(0), w1.size(0)}), derivative = new_like(hidden);
   const Tensor y = empty_rows(x_in, w2.size(0));
   if (y.numel() > 0) {
     const Tensor shift1 = float_bias(b1, w1.size(0)), shift2 = float_bias(b2, w2.size(0));
@@ -125,7 +111,7 @@ Five mlp_training_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor
                            const Tensor& w1_in, const Tensor& w2_in) {
   const Tensor dy = rows_of(dy_in.to(at::kBFloat16)), x = rows_of(x_in);
   const Tensor w1 = weight_of(w1_in, x.size(1)), w2 = weight_of(w2_in, hidden.size(1));
-  const Tensor dhidden = at::empty_like(hidden), dx = empty_rows(x_in, x.size(1));
+  const Tensor dhidden = new_like(hidden), dx = empty_rows(x_in, x.size(1));
   if (dx.numel() > 0) {
     ProductFinish times_derivative = into(dhidden);
     times_derivative.factor = derivative.const_data_ptr();
@@ -137,93 +123,6 @@ Five mlp_training_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor
   return {dx, dw1, db1, dw2, db2};
 }
 
-template <class Function>
-const auto& operator_named(const char* name) {
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
-  return op;
-}
-
-struct LinearFunction : torch::autograd::Function<LinearFunction> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    context->save_for_backward({x, weight});
-    context->saved_data["has_bias"] = bias.has_value();
-    context->saved_data["wants_dx"] = x.requires_grad();
-    if (bias.has_value()) context->saved_data["bias_type"] = static_cast<int64_t>(bias->scalar_type());
-    return operator_named<decltype(linear_training_forward)>("mambavision::linear_training_forward").call(x, weight, bias);
-  }
-  static variable_list backward(AutogradContext* context, const variable_list& dy) {
-    const variable_list saved = context->get_saved_variables();
-    const bool has_bias = context->saved_data["has_bias"].toBool();
-    const bool wants_dx = context->saved_data["wants_dx"].toBool();
-    auto [dx, dweight, dbias] =
-        operator_named<decltype(linear_training_backward)>("mambavision::linear_training_backward")
-            .call(dy[0], saved[0], saved[1], has_bias, wants_dx);
-    if (has_bias) dbias = dbias.to(static_cast<at::ScalarType>(context->saved_data["bias_type"].toInt()));
-    return {wants_dx ? dx : Tensor(), dweight, has_bias ? dbias : Tensor()};
-  }
-};
-
-struct MlpFunction : torch::autograd::Function<MlpFunction> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                        const Tensor& b2) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, hidden, derivative] =
-        operator_named<decltype(mlp_training_forward)>("mambavision::mlp_training_forward").call(x, w1, b1, w2, b2);
-    context->save_for_backward({x, hidden, derivative, w1, w2});
-    context->saved_data["bias_type"] = static_cast<int64_t>(b1.scalar_type());
-    return y;
-  }
-  static variable_list backward(AutogradContext* context, const variable_list& dy) {
-    const variable_list saved = context->get_saved_variables();
-    const auto type = static_cast<at::ScalarType>(context->saved_data["bias_type"].toInt());
-    auto [dx, dw1, db1, dw2, db2] =
-        operator_named<decltype(mlp_training_backward)>("mambavision::mlp_training_backward")
-            .call(dy[0], saved[0], saved[1], saved[2], saved[3], saved[4]);
-    return {dx, dw1, db1.to(type), dw2, db2.to(type)};
-  }
-};
-
-Tensor linear_training(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  return LinearFunction::apply(x, weight, bias);
-}
-
-Tensor mlp_training(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
-  return MlpFunction::apply(x, w1, b1, w2, b2);
-}
-
-}  // namespace
 }  // namespace mambavision
-
-TORCH_LIBRARY_FRAGMENT(mambavision, library) {
-  library.def("linear_training(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  library.def("linear_training_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  library.def(
-      "linear_training_backward(Tensor dy, Tensor x, Tensor weight, bool has_bias, bool wants_dx) -> "
-      "(Tensor, Tensor, Tensor)");
-  library.def("mlp_training(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor");
-  library.def(
-      "mlp_training_forward(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "mlp_training_backward(Tensor dy, Tensor x, Tensor hidden, Tensor derivative, Tensor w1, Tensor w2) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CompositeImplicitAutograd, library) {
-  library.impl("linear_training", mambavision::linear_training);
-  library.impl("mlp_training", mambavision::mlp_training);
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
-  library.impl("linear_training_forward", mambavision::linear_training_forward);
-  library.impl("linear_training_backward", mambavision::linear_training_backward);
-  library.impl("mlp_training_forward", mambavision::mlp_training_forward);
-  library.impl("mlp_training_backward", mambavision::mlp_training_backward);
-}
-
-TORCH_LIBRARY_IMPL(mambavision, Autograd, library) {  // first gradients pass; who differentiates them is told
-  library.impl("linear_training_backward", torch::autograd::autogradNotImplementedFallback());
-  library.impl("mlp_training_backward", torch::autograd::autogradNotImplementedFallback());
-}
 
 #endif

@@ -1,4 +1,4 @@
-// Normalisations of a training step as torch operators, on bfloat16 rows of channels (a channels-last map, tokens):
+// The operators of normalisation in a training step, on bfloat16 rows of channels (a channels-last map, tokens):
 //
 //   batch_norm_training   activation(BN(x)), or residual + row_scale * BN(x); statistics of this batch
 //   layer_norm_training   sum = x + row_scale * branch (or x itself) and LN(sum)
@@ -6,13 +6,6 @@
 // Forward and backward go over memory twice (batch) or once (layer). Sums are cut by the problem's size alone, never by the
 // number of threads, and added up in a fixed order: results are bitwise repeatable.
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -20,15 +13,10 @@
 #include <vector>
 
 #include "norm_kernel.h"
+#include "operators.h"
 
 namespace mambavision {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kSlots = 64, kSlotRows = 64;  // at most so many partial sums, of at least so many rows
 constexpr int64_t kGrainRows = 64;              // rows worth a thread of their own
@@ -71,12 +59,13 @@ BatchNorm describe(const Tensor& x, int64_t activation, const OptionalTensor& ro
   return norm;
 }
 
+}  // namespace
+
 // y, and (4, channels): mean, inverse deviation, scale, shift.
-std::tuple<Tensor, Tensor> batch_norm_training_forward(const Tensor& x_in, const Tensor& weight, const Tensor& bias,
-                                                       const OptionalTensor& running_mean,
-                                                       const OptionalTensor& running_var, double momentum, double eps,
-                                                       int64_t activation, const OptionalTensor& residual_in,
-                                                       const OptionalTensor& row_scale) {
+Two batch_norm_training_forward(const Tensor& x_in, const Tensor& weight, const Tensor& bias,
+                                const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum,
+                                double eps, int64_t activation, const OptionalTensor& residual_in,
+                                const OptionalTensor& row_scale) {
   check_rows(x_in, x_in.size(1), row_scale);
   TORCH_CHECK_VALUE(x_in.dim() == 4 && weight.numel() == x_in.size(1) && bias.numel() == x_in.size(1) && x_in.numel() > 0,
                     "batch_norm_training wants a map (batch, channels, height, width) and its channels' weights, got ",
@@ -84,9 +73,9 @@ std::tuple<Tensor, Tensor> batch_norm_training_forward(const Tensor& x_in, const
   TORCH_CHECK_VALUE(!residual_in.has_value() ||
                         (residual_in->sizes() == x_in.sizes() && residual_in->scalar_type() == at::kBFloat16),
                     "the residual must be like x");
-  const Tensor x = last(x_in), y = at::empty_like(x);
+  const Tensor x = last(x_in), y = new_like(x);
   const int64_t channels = x.size(1), rows = x.numel() / channels, slots = slots_of(rows);
-  const Tensor constants = at::empty({4, channels}, x.options().dtype(at::kFloat).memory_format(std::nullopt));
+  const Tensor constants = x.new_empty({4, channels}, at::kFloat);
   BatchNorm norm = describe(x, activation, row_scale, constants);
   std::vector<float> partial(slots * 3 * channels, 0.0f);
   over_slots(rows, slots, [&](int64_t slot, int64_t begin, int64_t end) {
@@ -123,10 +112,9 @@ std::tuple<Tensor, Tensor> batch_norm_training_forward(const Tensor& x_in, const
 }
 
 // dx, dweight, dbias.
-std::tuple<Tensor, Tensor, Tensor> batch_norm_training_backward(const Tensor& dy_in, const Tensor& x_in,
-                                                                const Tensor& constants, int64_t activation,
-                                                                const OptionalTensor& row_scale) {
-  const Tensor x = last(x_in), dy = last(dy_in.to(at::kBFloat16)), dx = at::empty_like(x);
+Three batch_norm_training_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& constants, int64_t activation,
+                                   const OptionalTensor& row_scale) {
+  const Tensor x = last(x_in), dy = last(dy_in.to(at::kBFloat16)), dx = new_like(x);
   TORCH_CHECK(dy.sizes() == x.sizes(), "batch_norm_training_backward got a gradient of shape ", dy.sizes());
   const int64_t channels = x.size(1), rows = x.numel() / channels, slots = slots_of(rows);
   BatchNorm norm = describe(x, activation, row_scale, constants);
@@ -136,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_training_backward(const Tensor& dy
     float* sums = partial.data() + slot * 2 * channels;
     kernels().batch_reduce(norm, begin, end, sums, sums + channels);
   });
-  const Tensor dweight = at::empty({channels}, constants.options()), dbias = at::empty_like(dweight);
+  const Tensor dweight = constants.new_empty({channels}), dbias = new_like(dweight);
   const float *mean = constants.const_data_ptr<float>(), *inverse = mean + channels;
   for (int64_t c = 0; c < channels; c++) {
     double sum = 0, product = 0;
@@ -152,6 +140,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_training_backward(const Tensor& dy
   return {dx, dweight, dbias};
 }
 
+namespace {
+
 // ---- layer normalisation ---------------------------------------------------------------------------------------------
 
 LayerNorm describe(const Tensor& x, const Tensor& weight, const OptionalTensor& row_scale, const Tensor& statistics) {
@@ -162,10 +152,11 @@ LayerNorm describe(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return norm;
 }
 
+}  // namespace
+
 // sum (x's own copy is not made without a branch: then it is empty), y, statistics.
-std::tuple<Tensor, Tensor, Tensor> layer_norm_training_forward(const Tensor& x_in, const OptionalTensor& branch_in,
-                                                               const OptionalTensor& row_scale, const Tensor& weight,
-                                                               const Tensor& bias, double eps) {
+Three layer_norm_training_forward(const Tensor& x_in, const OptionalTensor& branch_in, const OptionalTensor& row_scale,
+                                  const Tensor& weight, const Tensor& bias, double eps) {
   check_rows(x_in, x_in.size(-1), row_scale);
   TORCH_CHECK_VALUE(x_in.numel() > 0 && weight.numel() == x_in.size(-1) && bias.numel() == x_in.size(-1),
                     "layer_norm_training wants rows of ", weight.numel(), " channels, got ", x_in.sizes());
@@ -174,9 +165,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_training_forward(const Tensor& x_i
                     "the branch must be like x");
   const Tensor x = x_in.contiguous(), w = weight.to(at::kFloat).contiguous(), b = bias.to(at::kFloat).contiguous();
   const Tensor branch = branch_in.has_value() ? branch_in->contiguous() : Tensor();
-  const Tensor y = at::empty_like(x), sum = branch.defined() ? at::empty_like(x) : at::empty({0}, x.options());
+  const Tensor y = new_like(x), sum = branch.defined() ? new_like(x) : x.new_empty({0});
   const int64_t rows = x.numel() / x.size(-1);
-  const Tensor statistics = at::empty({rows, 2}, x.options().dtype(at::kFloat));
+  const Tensor statistics = x.new_empty({rows, 2}, at::kFloat);
   LayerNorm norm = describe(x, w, row_scale, statistics);
   norm.eps = eps, norm.bias = b.const_data_ptr<float>(), norm.y = y.mutable_data_ptr();
   if (branch.defined()) norm.branch = branch.const_data_ptr(), norm.sum = sum.mutable_data_ptr();
@@ -185,20 +176,18 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_training_forward(const Tensor& x_i
 }
 
 // dx, dbranch (empty where it is dx), dweight, dbias.
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_training_backward(const OptionalTensor& dsum_in,
-                                                                        const Tensor& dy_in, const Tensor& sum_in,
-                                                                        const Tensor& statistics, const Tensor& weight,
-                                                                        const OptionalTensor& row_scale) {
-  const Tensor x = sum_in.contiguous(), dy = dy_in.to(at::kBFloat16).contiguous(), dx = at::empty_like(x);
+Four layer_norm_training_backward(const OptionalTensor& dsum_in, const Tensor& dy_in, const Tensor& sum_in,
+                                  const Tensor& statistics, const Tensor& weight, const OptionalTensor& row_scale) {
+  const Tensor x = sum_in.contiguous(), dy = dy_in.to(at::kBFloat16).contiguous(), dx = new_like(x);
   const Tensor w = weight.to(at::kFloat).contiguous();
   const Tensor dsum = dsum_in.has_value() ? dsum_in->to(at::kBFloat16).contiguous() : Tensor();
-  const Tensor dbranch = row_scale.has_value() ? at::empty_like(x) : at::empty({0}, x.options());
+  const Tensor dbranch = row_scale.has_value() ? new_like(x) : x.new_empty({0});
   const int64_t channels = x.size(-1), rows = x.numel() / channels, slots = slots_of(rows);
   LayerNorm norm = describe(x, w, row_scale, statistics);
   norm.dy = dy.const_data_ptr(), norm.dx = dx.mutable_data_ptr();
   if (dsum.defined()) norm.dsum = dsum.const_data_ptr();
   if (row_scale.has_value()) norm.dbranch = dbranch.mutable_data_ptr();
-  const Tensor partial = at::zeros({slots, 2, channels}, statistics.options());
+  const Tensor partial = statistics.new_zeros({slots, 2, channels});
   float* sums = partial.mutable_data_ptr<float>();
   over_slots(rows, slots, [&](int64_t slot, int64_t begin, int64_t end) {
     float* mine = sums + slot * 2 * channels;
@@ -209,118 +198,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_training_backward(const Op
   return {dx, dbranch, partial[0][0].clone(), partial[0][1].clone()};
 }
 
-// ---- autograd --------------------------------------------------------------------------------------------------------
-
-template <class Function>
-const auto& operator_named(const char* name) {
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
-  return op;
-}
-
-OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor(); }
-
-struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                        const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum,
-                        double eps, int64_t activation, const OptionalTensor& residual, const OptionalTensor& row_scale) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, constants] =
-        operator_named<decltype(batch_norm_training_forward)>("mambavision::batch_norm_training_forward")
-            .call(x, weight, bias, running_mean, running_var, momentum, eps, activation, residual, row_scale);
-    context->save_for_backward({x, constants, row_scale.value_or(Tensor()), weight});
-    context->saved_data["activation"] = activation;
-    context->saved_data["residual"] = residual.has_value();
-    return y;
-  }
-  static variable_list backward(AutogradContext* context, const variable_list& dy) {
-    const variable_list saved = context->get_saved_variables();
-    auto [dx, dweight, dbias] =
-        operator_named<decltype(batch_norm_training_backward)>("mambavision::batch_norm_training_backward")
-            .call(dy[0], saved[0], saved[1], context->saved_data["activation"].toInt(), optional(saved[2]));
-    const auto type = saved[3].scalar_type();
-    const Tensor none;
-    return {dx, dweight.to(type), dbias.to(type), none, none, none, none, none,
-            context->saved_data["residual"].toBool() ? dy[0] : none, none};
-  }
-};
-
-struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
-  static variable_list forward(AutogradContext* context, const Tensor& x, const OptionalTensor& branch,
-                               const OptionalTensor& row_scale, const Tensor& weight, const Tensor& bias, double eps) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [sum, y, statistics] =
-        operator_named<decltype(layer_norm_training_forward)>("mambavision::layer_norm_training_forward")
-            .call(x, branch, row_scale, weight, bias, eps);
-    context->save_for_backward({branch.has_value() ? sum : x, statistics, weight, row_scale.value_or(Tensor())});
-    context->saved_data["branch"] = branch.has_value();
-    context->set_materialize_grads(false);
-    return {branch.has_value() ? sum : x, y};
-  }
-  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    const variable_list saved = context->get_saved_variables();
-    const bool branch = context->saved_data["branch"].toBool();
-    const Tensor dy = gradients[1].defined() ? gradients[1] : at::zeros(saved[0].sizes(), saved[0].options());
-    auto [dx, dbranch, dweight, dbias] =
-        operator_named<decltype(layer_norm_training_backward)>("mambavision::layer_norm_training_backward")
-            .call(optional(gradients[0]), dy, saved[0], saved[1], saved[2], optional(saved[3]));
-    const auto type = saved[2].scalar_type();
-    const Tensor none;
-    return {dx, branch ? (saved[3].defined() ? dbranch : dx) : none, none, dweight.to(type), dbias.to(type), none};
-  }
-};
-
-Tensor batch_norm_training(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& running_mean,
-                           const OptionalTensor& running_var, double momentum, double eps, int64_t activation,
-                           const OptionalTensor& residual, const OptionalTensor& row_scale) {
-  return BatchNormFunction::apply(x, weight, bias, running_mean, running_var, momentum, eps, activation, residual,
-                                  row_scale);
-}
-
-std::tuple<Tensor, Tensor> layer_norm_training(const Tensor& x, const OptionalTensor& branch,
-                                               const OptionalTensor& row_scale, const Tensor& weight, const Tensor& bias,
-                                               double eps) {
-  const variable_list both = LayerNormFunction::apply(x, branch, row_scale, weight, bias, eps);
-  return {both[0], both[1]};
-}
-
-}  // namespace
 }  // namespace mambavision
-
-TORCH_LIBRARY_FRAGMENT(mambavision, library) {
-  library.def(
-      "batch_norm_training(Tensor x, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "float momentum, float eps, int activation, Tensor? residual, Tensor? row_scale) -> Tensor");
-  library.def(
-      "batch_norm_training_forward(Tensor x, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, float momentum, float eps, int activation, Tensor? residual, Tensor? row_scale) -> "
-      "(Tensor, Tensor)");
-  library.def(
-      "batch_norm_training_backward(Tensor dy, Tensor x, Tensor constants, int activation, Tensor? row_scale) -> "
-      "(Tensor, Tensor, Tensor)");
-  library.def(
-      "layer_norm_training(Tensor x, Tensor? branch, Tensor? row_scale, Tensor weight, Tensor bias, float eps) -> "
-      "(Tensor, Tensor)");
-  library.def(
-      "layer_norm_training_forward(Tensor x, Tensor? branch, Tensor? row_scale, Tensor weight, Tensor bias, float eps) "
-      "-> (Tensor, Tensor, Tensor)");
-  library.def(
-      "layer_norm_training_backward(Tensor? dsum, Tensor dy, Tensor sum, Tensor statistics, Tensor weight, "
-      "Tensor? row_scale) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CompositeImplicitAutograd, library) {
-  library.impl("batch_norm_training", mambavision::batch_norm_training);
-  library.impl("layer_norm_training", mambavision::layer_norm_training);
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
-  library.impl("batch_norm_training_forward", mambavision::batch_norm_training_forward);
-  library.impl("batch_norm_training_backward", mambavision::batch_norm_training_backward);
-  library.impl("layer_norm_training_forward", mambavision::layer_norm_training_forward);
-  library.impl("layer_norm_training_backward", mambavision::layer_norm_training_backward);
-}
-
-TORCH_LIBRARY_IMPL(mambavision, Autograd, library) {  // first gradients pass; who differentiates them is told
-  library.impl("batch_norm_training_backward", torch::autograd::autogradNotImplementedFallback());
-  library.impl("layer_norm_training_backward", torch::autograd::autogradNotImplementedFallback());
-}

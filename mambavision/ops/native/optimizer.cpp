@@ -1,11 +1,6 @@
-// The optimizer's torch operators on the CPU: one call for a whole list of tensors, work cut into chunks of fixed size.
+// The optimizer's operators on the CPU: one call for a whole list of tensors, work cut into chunks of fixed size.
 // Chunks depend on the tensors alone, never on the number of threads, so sums come out bit for bit the same.
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -13,13 +8,11 @@
 #include <vector>
 
 #include "isa.h"
+#include "operators.h"
 #include "optimizer_kernel.h"
 
 namespace mambavision {
 namespace {
-
-using at::Tensor;
-using at::TensorList;
 
 constexpr int64_t kChunk = 16384;  // elements; the five arrays of a LAMB chunk take 320 KiB, within a second-level cache
 // Elements per thread between the two passes of LAMB, so that the second still finds what it needs in the cache.
@@ -47,12 +40,14 @@ void check_state(const Tensor& tensor, const Tensor& parameter, const char* name
 // A gradient may come in another memory format than its weight; the kernels walk both in storage order.
 Tensor laid_out_as(const Tensor& tensor, const Tensor& parameter) {
   if (tensor.scalar_type() == at::kFloat && tensor.strides() == parameter.strides()) return tensor;
-  return at::empty_like(parameter).copy_(tensor);
+  return new_like(parameter).copy_(tensor);
 }
 
 void mark_changed(TensorList tensors) {  // as autograd expects of an operation in place
   for (const Tensor& tensor : tensors) tensor.unsafeGetTensorImpl()->bump_version();
 }
+
+}  // namespace
 
 Tensor global_norm(TensorList tensors) {
   std::vector<Tensor> dense;
@@ -71,8 +66,10 @@ Tensor global_norm(TensorList tensors) {
   });
   double total = 0;
   for (double sum : sums) total += sum;
-  return at::scalar_tensor(std::sqrt(total), at::TensorOptions(at::kFloat));
+  return tensors[0].new_full({}, std::sqrt(total), at::kFloat);
 }
+
+namespace {
 
 struct LambList {
   TensorList parameters, first_moments, second_moments;
@@ -122,6 +119,8 @@ void lamb_tensors(const LambList& list, int64_t first, int64_t last, float* scra
     }
   });
 }
+
+}  // namespace
 
 void lamb_step(TensorList parameters, TensorList gradients, TensorList first_moments, TensorList second_moments,
                double gradient_scale, double lr, double beta1, double beta2, double eps, double weight_decay,
@@ -180,20 +179,4 @@ void ema_update(TensorList averages, TensorList values, double weight) {
   mark_changed(averages);
 }
 
-}  // namespace
 }  // namespace mambavision
-
-TORCH_LIBRARY_FRAGMENT(mambavision, library) {
-  library.def("global_norm(Tensor[] tensors) -> Tensor");
-  library.def(
-      "lamb_step(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, *, "
-      "float gradient_scale, float lr, float beta1, float beta2, float eps, float weight_decay, float correction1, "
-      "float correction2) -> ()");
-  library.def("ema_update(Tensor(a!)[] averages, Tensor[] values, float weight) -> ()");
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
-  library.impl("global_norm", mambavision::global_norm);
-  library.impl("lamb_step", mambavision::lamb_step);
-  library.impl("ema_update", mambavision::ema_update);
-}

@@ -1,14 +1,9 @@
-// The selective scan as torch operators: checks, parallel split, reductions in a fixed order, autograd.
+// The selective scan's operators: checks, parallel split, reductions in a fixed order.
 //
 //   selective_scan   what Python calls; differentiable; brings mixed dtypes (autocast) to what the kernels take
 //   scan_forward     output and, where a gradient is needed, the state before each tile of tokens
 //   scan_backward    all gradients; itself not differentiable
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,14 +12,11 @@
 #include <optional>
 
 #include "isa.h"
+#include "operators.h"
 #include "scan_kernel.h"
 
 namespace mambavision {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
@@ -62,7 +54,7 @@ void check_inputs(const Tensor& u, const Tensor& delta, const Tensor& A, const T
 // The parameters as the kernels want them: transposed, padded, A in units of log2.
 struct PaddedParameters {
   PaddedParameters(const Tensor& A, const OptionalTensor& D, const OptionalTensor& bias, int64_t states, int64_t channels)
-      : storage(at::zeros({states + 3, channels}, A.options().dtype(at::kFloat))),
+      : storage(A.new_zeros({states + 3, channels}, at::kFloat)),
         values(storage.data_ptr<float>()),
         columns(channels) {
     const Tensor A_float = A.to(at::kFloat).contiguous();
@@ -120,16 +112,17 @@ const ScanKernels& kernels() {
 
 Range part(int64_t size, int64_t parts, int64_t index) { return {index * size / parts, (index + 1) * size / parts}; }
 
-std::tuple<Tensor, Tensor> scan_forward(const Tensor& u_in, const Tensor& delta_in, const Tensor& A, const Tensor& B_in,
-                                        const Tensor& C_in, const OptionalTensor& D, const OptionalTensor& bias,
-                                        bool keep_states) {
+}  // namespace
+
+Two scan_forward(const Tensor& u_in, const Tensor& delta_in, const Tensor& A, const Tensor& B_in, const Tensor& C_in,
+                 const OptionalTensor& D, const OptionalTensor& bias, bool keep_states) {
   check_inputs(u_in, delta_in, A, B_in, C_in, D, bias);
   const Tensor u = with_contiguous_rows(u_in), delta = with_contiguous_rows(delta_in);
   const Tensor B = with_contiguous_rows(B_in), C = with_contiguous_rows(C_in);
   ScanProblem p = describe(u, delta, A, B, C);
-  Tensor y = at::empty({p.batch, p.tokens, p.channels}, u.options());
+  Tensor y = u.new_empty({p.batch, p.tokens, p.channels});
   const int64_t kept = keep_states ? std::max<int64_t>(p.tiles - 1, 0) : 0;
-  Tensor checkpoints = at::empty({p.batch, kept, p.padded_states, p.padded_channels}, u.options().dtype(at::kFloat));
+  Tensor checkpoints = u.new_empty({p.batch, kept, p.padded_states, p.padded_channels}, at::kFloat);
   if (y.numel() == 0) return {y, checkpoints};
   const PaddedParameters parameters(A, D, bias, p.padded_states, p.padded_channels);
   attach(p, parameters);
@@ -146,6 +139,8 @@ std::tuple<Tensor, Tensor> scan_forward(const Tensor& u_in, const Tensor& delta_
   return {y, checkpoints};
 }
 
+namespace {
+
 // Work is cut by the problem's size alone, never by the number of threads: sums then come out bit for bit the same.
 constexpr int64_t kBatchSlots = 128;    // at most so many partial sums of the parameters' gradients
 constexpr int64_t kWorkItems = 32;      // below so many sequences, a sequence's channels are split as well
@@ -160,12 +155,14 @@ void sum_parts(float* values, int64_t parts, int64_t size) {
 }
 
 Tensor copy_of(const Tensor& tensor, at::ScalarType type = at::kFloat) {
-  return at::empty(tensor.sizes(), tensor.options().dtype(type)).copy_(tensor);
+  return tensor.new_empty(tensor.sizes(), type).copy_(tensor);
 }
 
-Gradients scan_backward(const Tensor& dy_in, const Tensor& u_in, const Tensor& delta_in, const Tensor& A,
-                        const Tensor& B_in, const Tensor& C_in, const OptionalTensor& D, const OptionalTensor& bias,
-                        const Tensor& checkpoints) {
+}  // namespace
+
+Seven scan_backward(const Tensor& dy_in, const Tensor& u_in, const Tensor& delta_in, const Tensor& A,
+                    const Tensor& B_in, const Tensor& C_in, const OptionalTensor& D, const OptionalTensor& bias,
+                    const Tensor& checkpoints) {
   check_inputs(u_in, delta_in, A, B_in, C_in, D, bias);
   TORCH_CHECK_VALUE(dy_in.sizes() == u_in.sizes(), "the gradient ", dy_in.sizes(), " must have u's shape ",
                     u_in.sizes());
@@ -173,15 +170,14 @@ Gradients scan_backward(const Tensor& dy_in, const Tensor& u_in, const Tensor& d
   const Tensor B = with_contiguous_rows(B_in), C = with_contiguous_rows(C_in);
   const Tensor dy = with_contiguous_rows(dy_in.to(u.scalar_type()));
   ScanProblem p = describe(u, delta, A, B, C);
-  const auto floats = u.options().dtype(at::kFloat);
-  Tensor du = at::empty({p.batch, p.tokens, p.channels}, u.options());
-  Tensor ddelta = at::empty({p.batch, p.tokens, p.channels}, u.options());
+  Tensor du = u.new_empty({p.batch, p.tokens, p.channels});
+  Tensor ddelta = u.new_empty({p.batch, p.tokens, p.channels});
   const int64_t N = p.padded_states;
   const int64_t slots = std::clamp<int64_t>(p.batch, 1, kBatchSlots);
   const int64_t groups = std::clamp<int64_t>(divide_up(kWorkItems, std::max<int64_t>(p.batch, 1)), 1,
                                              divide_up(std::max<int64_t>(p.channels, 1), kGroupChannels));
-  Tensor dB_dC = at::empty({groups, p.batch, p.tokens, 2, N}, floats);
-  Tensor dparameters = at::empty({slots, N + 2, p.padded_channels}, floats);
+  Tensor dB_dC = u.new_empty({groups, p.batch, p.tokens, 2, N}, at::kFloat);
+  Tensor dparameters = u.new_empty({slots, N + 2, p.padded_channels}, at::kFloat);
   if (u.numel() == 0) {
     dB_dC.zero_(), dparameters.zero_();
   } else {
@@ -229,71 +225,13 @@ int64_t scan_exponentials(int64_t per_thread) {
   return total;
 }
 
-const auto& forward_operator() {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("mambavision::scan_forward", "")
-                       .typed<decltype(scan_forward)>();
-  return op;
-}
-
-const auto& backward_operator() {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("mambavision::scan_backward", "")
-                       .typed<decltype(scan_backward)>();
-  return op;
-}
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-// Lets first gradients through under create_graph=True, and says so when somebody differentiates them.
-struct ScanBackward : torch::autograd::Function<ScanBackward> {
-  static variable_list forward(AutogradContext*, const Tensor& dy, const Tensor& u, const Tensor& delta, const Tensor& A,
-                               const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& bias,
-                               const Tensor& checkpoints) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [du, ddelta, dA, dB, dC, dD, dbias] = backward_operator().call(dy, u, delta, A, B, C, D, bias, checkpoints);
-    return {du, ddelta, dA, dB, dC, dD, dbias};
-  }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false,
-                "the CPU selective scan has no second derivative (double backward); "
-                "use scan_backend=reference, which is differentiable any number of times");
-  }
-};
-
-Gradients scan_backward_autograd(const Tensor& dy, const Tensor& u, const Tensor& delta, const Tensor& A,
-                                 const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& bias,
-                                 const Tensor& checkpoints) {
-  auto g = ScanBackward::apply(dy, u, delta, A, B, C, D, bias, checkpoints);
-  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6]};
-}
-
-struct Scan : torch::autograd::Function<Scan> {
-  static Tensor forward(AutogradContext* context, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-                        const Tensor& C, const OptionalTensor& D, const OptionalTensor& bias) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, checkpoints] = forward_operator().call(u, delta, A, B, C, D, bias, true);
-    context->save_for_backward({u, delta, A, B, C, D.value_or(Tensor()), bias.value_or(Tensor()), checkpoints});
-    return y;
-  }
-  static variable_list backward(AutogradContext* context, const variable_list& dy) {
-    const auto saved = context->get_saved_variables();
-    auto optional = [](const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; };
-    auto [du, ddelta, dA, dB, dC, dD, dbias] =
-        backward_operator().call(dy[0], saved[0], saved[1], saved[2], saved[3], saved[4], optional(saved[5]),
-                                 optional(saved[6]), saved[7]);
-    return {du, ddelta, dA, dB, dC, saved[5].defined() ? dD : Tensor(), saved[6].defined() ? dbias : Tensor()};
-  }
-};
+namespace {
 
 OptionalTensor as_float(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(tensor->to(at::kFloat)) : std::nullopt;
 }
 
-bool any_requires_grad(std::initializer_list<OptionalTensor> tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const auto& t) { return t.has_value() && t->requires_grad(); });
-}
+}  // namespace
 
 // Autocast leaves what comes from a linear layer in bfloat16 and the parameters in float32; other mixtures are brought
 // to the wider type here, where autograd sees it, and never narrowed.
@@ -311,38 +249,8 @@ Tensor selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A, con
   const auto channel_type = common(u, delta), state_type = common(B, C);
   const Tensor u_ = u.to(channel_type), delta_ = delta.to(channel_type), A_ = A.to(at::kFloat);
   const Tensor B_ = B.to(state_type), C_ = C.to(state_type);
-  const OptionalTensor D_ = as_float(D), bias_ = as_float(bias);
-  const bool differentiate = at::GradMode::is_enabled() && any_requires_grad({u_, delta_, A_, B_, C_, D_, bias_});
-  const Tensor y = differentiate
-                       ? Scan::apply(u_, delta_, A_, B_, C_, D_, bias_)
-                       : std::get<0>(forward_operator().call(u_, delta_, A_, B_, C_, D_, bias_, false));
+  const Tensor y = differentiable_scan(u_, delta_, A_, B_, C_, as_float(D), as_float(bias));
   return y.to(u.scalar_type());
 }
 
-}  // namespace
 }  // namespace mambavision
-
-TORCH_LIBRARY_FRAGMENT(mambavision, library) {
-  library.def(
-      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias) -> Tensor");
-  library.def(
-      "scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
-      "bool keep_states) -> (Tensor, Tensor)");
-  library.def(
-      "scan_backward(Tensor dy, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
-      "Tensor checkpoints) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("scan_exponentials(int per_thread) -> int", mambavision::scan_exponentials);
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CompositeImplicitAutograd, library) {
-  library.impl("selective_scan", mambavision::selective_scan);
-}
-
-TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
-  library.impl("scan_forward", mambavision::scan_forward);
-  library.impl("scan_backward", mambavision::scan_backward);
-}
-
-TORCH_LIBRARY_IMPL(mambavision, Autograd, library) {
-  library.impl("scan_backward", mambavision::scan_backward_autograd);
-}

@@ -1,12 +1,12 @@
 // Matrix products of training on the matrix units: rows with a weight, and the gradient of a weight.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "bf16_gemm.h"
 #include "isa.h"
@@ -20,6 +20,11 @@ inline const PackKernels& pack_kernels() { return ISA_TABLE(pack_kernels); }
 
 inline int64_t ceil_divide(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 inline int64_t align_up(int64_t value, int64_t multiple) { return ceil_divide(value, multiple) * multiple; }
+
+// Working memory, aligned to a cache line.
+inline at::Tensor scratch(at::IntArrayRef sizes, at::ScalarType type) {
+  return at::Tensor(at::detail::empty_cpu(sizes, type));
+}
 
 inline Matrix matrix_of(const at::Tensor& tensor) {  // (rows, columns), columns contiguous
   return {tensor.const_data_ptr(), tensor.scalar_type() == at::kBFloat16, tensor.size(0), tensor.size(1),
@@ -43,7 +48,7 @@ struct TrainingWeight {
     block = align_up(ceil_divide(columns, blocks), kAlignment);
     blocks = ceil_divide(columns, block);
     const int64_t pairs = inner / 2;
-    storage = at::empty({blocks, pairs, block}, weight.options().dtype(at::kInt));
+    storage = weight.new_empty({blocks, pairs, block}, at::kInt);
     const Matrix whole = matrix_of(weight);
     const int64_t parts = std::min<int64_t>(8, ceil_divide(pairs, 16)), step = align_up(ceil_divide(pairs, parts), 16);
     at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
@@ -76,9 +81,9 @@ void over_row_groups(int64_t rows, int64_t widest_row, int64_t width, const Work
   const int64_t group = align_up(ceil_divide(rows, groups), kChunk);
   at::parallel_for(0, ceil_divide(rows, group), 1, [&](int64_t begin, int64_t end) {
     const MatrixUnits units;
-    const at::Tensor scratch = at::empty({kChunk * width}, at::kFloat);
+    const at::Tensor sums = scratch({kChunk * width}, at::kFloat);
     for (int64_t g = begin; g < end; g++)
-      work(g * group, std::min((g + 1) * group, rows), scratch.mutable_data_ptr<float>());
+      work(g * group, std::min((g + 1) * group, rows), sums.mutable_data_ptr<float>());
   });
 }
 
@@ -111,13 +116,13 @@ inline void weight_gradient(const Matrix& dy, const Matrix& x, float* gradient, 
   const int64_t blocks = ceil_divide(width, kWidest), block = align_up(ceil_divide(width, blocks), 32);
   const int64_t slot_rows = align_up(ceil_divide(rows, slots), 32);
   const int64_t padded = blocks * block;
-  const at::Tensor partial = at::empty({slots, height, padded}, at::kFloat);
-  const at::Tensor bias_partial = at::zeros({slots, dy.columns}, at::kFloat);
+  const at::Tensor partial = scratch({slots, height, padded}, at::kFloat);
+  std::vector<float> bias_partial(bias_gradient ? slots * dy.columns : 0, 0.0f);
   float* sums = partial.mutable_data_ptr<float>();
-  float* bias_sums = bias_gradient ? bias_partial.mutable_data_ptr<float>() : nullptr;
+  float* bias_sums = bias_gradient ? bias_partial.data() : nullptr;
   at::parallel_for(0, slots * blocks, 1, [&](int64_t begin, int64_t end) {
     const MatrixUnits units;
-    const at::Tensor left = at::empty({height, kRows / 2}, at::kInt), right = at::empty({kRows / 2, block}, at::kInt);
+    const at::Tensor left = scratch({height, kRows / 2}, at::kInt), right = scratch({kRows / 2, block}, at::kInt);
     uint32_t* A = static_cast<uint32_t*>(left.data_ptr());
     uint32_t* B = static_cast<uint32_t*>(right.data_ptr());
     for (int64_t item = begin; item < end; item++) {
