@@ -118,7 +118,7 @@ def find_or_build() -> Path:
         with _locked(library.with_suffix(".lock")):
             if not library.exists():
                 print(
-                    f"compiling the CPU kernels into {library.parent}, once: a minute or two",
+                    f"compiling the CPU kernels into {library.parent}, once: about a minute of processor time",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -11,12 +11,12 @@
 #include "operators.h"
 
 // The operator behind a function of operators.h.
-#define OPERATOR(function)                                                       \
-  ([]() -> const auto& {                                                         \
-    static const auto handle = c10::Dispatcher::singleton()                      \
-                                   .findSchemaOrThrow("mambavision::" #function, "") \
-                                   .typed<decltype(function)>();                 \
-    return handle;                                                               \
+#define OPERATOR(function)                                                            \
+  ([]() -> const auto& {                                                              \
+    static const auto handle = c10::Dispatcher::singleton()                           \
+                                   .findSchemaOrThrow("mambavision::" #function, "")  \
+                                   .typed<decltype(function)>();                      \
+    return handle;                                                                    \
   }())
 
 namespace mambavision {

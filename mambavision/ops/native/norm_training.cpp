@@ -45,7 +45,11 @@ void check_rows(const Tensor& x, int64_t channels, const OptionalTensor& row_sca
                     "row_scale must be float32 with one value for each of ", x.size(0), " images");
 }
 
+}  // namespace
+
 // ---- batch normalisation ---------------------------------------------------------------------------------------------
+
+namespace {
 
 Tensor last(const Tensor& map) { return map.contiguous(at::MemoryFormat::ChannelsLast); }
 
@@ -140,9 +144,9 @@ Three batch_norm_training_backward(const Tensor& dy_in, const Tensor& x_in, cons
   return {dx, dweight, dbias};
 }
 
-namespace {
-
 // ---- layer normalisation ---------------------------------------------------------------------------------------------
+
+namespace {
 
 LayerNorm describe(const Tensor& x, const Tensor& weight, const OptionalTensor& row_scale, const Tensor& statistics) {
   LayerNorm norm{};
