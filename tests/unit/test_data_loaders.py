@@ -155,81 +155,8 @@ def test_repeated_augmentation_and_resolution_reach_the_ffcv_loader(config):
     loader.close()
 
 
-@pytest.fixture
-def broken_folder(tmp_path):
-    root = make_folder(tmp_path / "broken", train=30, val=9)
-    for split, number in (("train", 7), ("val", 4)):
-        path = next((root / split).rglob(f"{number:04d}.jpg"))
-        path.write_bytes(path.read_bytes()[:300])
-    return root
-
-
 def train_loader(data: DataConfig):
     return build_train_loader(data, AugmentConfig(), seed=0, global_batch_size=30, micro_batch_size=15)
-
-
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_an_unreadable_image_is_replaced_by_the_next_and_named(broken_folder, num_workers, caplog):
-    data = DataConfig(
-        source="folder", path=str(broken_folder), image_size=32, num_workers=num_workers, max_corrupt_fraction=0.1
-    )
-    loader, source = train_loader(data), list_folder(broken_folder / "train")
-    broken = next(i for i, name in enumerate(source.names) if name.endswith("0007.jpg"))
-    targets = {}
-    for batch in loader.epoch(0):
-        targets |= dict(zip(batch.indices.tolist(), batch.targets.tolist()))
-    loader.close()
-    assert len(targets) == 30 and targets[broken] == source.labels[broken + 1]
-    assert list(loader.corrupt.found) == [str(source.path(broken))] and "0007.jpg" in caplog.text
-
-
-def test_too_many_unreadable_images_and_the_stop_policy_end_the_run(broken_folder):
-    for settings, advice in (({}, "max_corrupt_fraction"), ({"corrupt_images": "stop"}, "corrupt_images=skip")):
-        data = DataConfig(source="folder", path=str(broken_folder), image_size=32, num_workers=1, **settings)
-        loader = train_loader(data)
-        with pytest.raises(RuntimeError, match=advice) as error:
-            list(loader.epoch(0))
-        assert "0007.jpg" in str(error.value)
-        loader.close()
-
-
-def test_resuming_late_in_an_epoch_does_not_shrink_the_budget(broken_folder):
-    """The budget is a share of the epoch, not of what is left of it."""
-    data = DataConfig(source="folder", path=str(broken_folder), image_size=32, num_workers=1, max_corrupt_fraction=0.05)
-    loader = build_train_loader(data, AugmentConfig(), seed=0, global_batch_size=3, micro_batch_size=3)
-    broken = next(i for i, name in enumerate(loader.workers.source.names) if name.endswith("0007.jpg"))
-    step = loader.plan.order(0, 0).tolist().index(broken) // 3
-    batches = sum(1 for _ in loader.epoch(0, first_step=step))
-    loader.close()
-    assert batches == 10 - step and loader.corrupt.count == 1
-
-
-def test_evaluation_leaves_an_unreadable_image_out(broken_folder, caplog):
-    data = DataConfig(source="folder", path=str(broken_folder), image_size=32, num_workers=1, max_corrupt_fraction=0.2)
-    loader = build_eval_loader(data, batch_size=4)
-    assert sum(len(batch) for batch in loader) == 8 and "0004.jpg" in caplog.text
-    loader.close()
-
-
-def test_damage_inside_a_beton_is_noticed_replaced_and_named(tmp_path, caplog):
-    from data.beton import open_beton
-
-    make_betons(make_folder(tmp_path / "in", train=30, val=9), tmp_path, write_mode="jpg")
-    for split, image in (("train", 11), ("val", 3)):
-        beton = open_beton(tmp_path / f"{split}.beton")
-        start, size = int(beton.images["data_ptr"][image]), int(beton.sizes[image])
-        with open(beton.path, "r+b") as file:
-            file.seek(start + size // 3)
-            file.write(bytes(size // 2))
-    data = DataConfig(path=str(tmp_path), image_size=32, num_workers=2, max_corrupt_fraction=0.2)
-    loader = train_loader(data)
-    labels = open_beton(tmp_path / "train.beton").labels
-    targets = {}
-    for batch in loader.epoch(0):
-        targets |= dict(zip(batch.indices.tolist(), batch.targets.tolist()))
-    assert targets[11] == labels[12] and "train.beton[11]" in caplog.text
-    evaluation = build_eval_loader(data, batch_size=4)
-    assert sorted(i for batch in evaluation for i in batch.indices.tolist()) == [0, 1, 2, 4, 5, 6, 7, 8]
 
 
 def test_an_exception_in_ffcvs_thread_reaches_the_caller(config, monkeypatch):
