@@ -18,7 +18,7 @@ from mambavision import distributed
 from mambavision.config import TrainConfig
 from mambavision.config_checks import BatchPlan
 from mambavision.distributed import BatchNormAverager, World
-from mambavision.engine import checkpoint, faults, recovery
+from mambavision.engine import checkpoint, faults, recovery, reporting
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.evaluate import evaluate
 from mambavision.engine.guard import Guard, name_first_not_finite
@@ -30,7 +30,7 @@ from mambavision.engine.watchdog import Watchdog
 from mambavision.optim import ModelEma, build_optimizer, build_param_groups, global_grad_norm
 from mambavision.optim.schedule import LearningRate
 from mambavision.run_dir import plain
-from mambavision.telemetry.meters import StepMeters, peak_memory_gib
+from mambavision.telemetry.meters import StepMeters
 from mambavision.telemetry.sinks import Telemetry
 
 DROP_PATH = 19  # the purpose of a step key's draws that decides stochastic depth; data/keyed_random.py lists the others
@@ -229,22 +229,9 @@ class Trainer:
         self.telemetry.log("eval", epoch=epochs_done, **self.last_eval)
 
     def log_training(self) -> None:
-        measured = self.meters.flush()
-        remaining = (self.last_step - self.progress.step) * measured["speed/step_seconds"]
-        self.telemetry.log(
-            "train",
-            epoch=(self.progress.step - 1) // self.train_loader.steps_per_epoch,
-            step=self.progress.step,
-            total_steps=self.last_step,
-            samples_seen=self.progress.samples_seen,
-            **{"optimizer.lr": self.lr(self.progress.step - 1)},
-            **measured,
-            **{"speed/memory_gib": peak_memory_gib(self.world.device), "eta_seconds": remaining},
-        )
-        if self.world.world_size > 1:
-            self.telemetry.log("ranks", step=self.progress.step, **self.meters.by_rank)
-        if self.guard.collapsed(measured["train/loss"], self.progress.step):
-            recovery.on_collapse(self, measured["train/loss"])
+        loss = reporting.log_training(self)
+        if self.guard.collapsed(loss, self.progress.step):
+            recovery.on_collapse(self, loss)
 
     def after_first_step(self) -> None:
         """What takes long (data, compilation) is over, so from now on a silent rank is a broken one."""
