@@ -1,5 +1,5 @@
-// The derivatives of the operators of operators.h: what a forward keeps and how a backward is called with it. All arithmetic
-// is elsewhere. Both halves are called as operators, so that profilers and torch.compile see them.
+// The derivatives of the operators of operators.h: what a forward keeps and how a backward is called with it. All
+// arithmetic is elsewhere. Both halves are called as operators, so that profilers and torch.compile see them.
 //
 // One file for all: custom_function.h alone takes several seconds to compile.
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -244,7 +244,8 @@ Tensor attention_training(const Tensor& qkv, int64_t heads) { return AttentionFu
 Tensor batch_norm_training(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& running_mean,
                            const OptionalTensor& running_var, double momentum, double eps, int64_t activation,
                            const OptionalTensor& residual, const OptionalTensor& row_scale) {
-  return BatchNormFunction::apply(x, weight, bias, running_mean, running_var, momentum, eps, activation, residual, row_scale);
+  return BatchNormFunction::apply(x, weight, bias, running_mean, running_var, momentum, eps, activation, residual,
+                                  row_scale);
 }
 
 Two layer_norm_training(const Tensor& x, const OptionalTensor& branch, const OptionalTensor& row_scale,

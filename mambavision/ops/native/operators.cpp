@@ -1,5 +1,5 @@
 // The torch operators that operators.h lists: what Python and torch.compile see. X is what Python calls, X_forward and
-// X_backward its two halves on the CPU. The operators of fused inference are in token_inference.cpp and conv_inference.cpp.
+// X_backward its two halves on the CPU. Those of fused inference are in token_inference.cpp and conv_inference.cpp.
 //
 // One file for all: what it includes takes several times longer to compile than what it says.
 #include "operators.h"

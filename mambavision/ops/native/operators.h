@@ -19,8 +19,8 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Uninitialised, laid out as a dense tensor. New tensors are made by methods of others throughout: ATen/ops/empty.h and its
-// kind include so much that a file compiles twice as long.
+// Uninitialised, laid out as a dense tensor. New tensors are made by methods of others throughout: ATen/ops/empty.h and
+// its kind include so much that a file compiles twice as long.
 inline Tensor new_like(const Tensor& dense) { return dense.new_empty_strided(dense.sizes(), dense.strides()); }
 
 // scan.cpp
