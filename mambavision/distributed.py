@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mambavision.rendezvous import fresh_store
+
 T = TypeVar("T")
 
 
@@ -36,11 +38,17 @@ class World:
         return self.rank == 0
 
 
-def init_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
+def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_timeout_seconds: float = 600.0) -> World:
     """Join the process group that torchrun prepared, or stand alone without one.
+
+    Args:
+        device: cpu, cuda, or auto (CUDA where there is one).
+        timeout_seconds: How long a collective may wait.
+        start_timeout_seconds: How long the ranks may wait for each other before the first one.
 
     Raises:
         ValueError: `device` is cuda and there is none.
+        TimeoutError: Not all ranks came.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -60,7 +68,10 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
     if "RANK" in os.environ and not dist.is_initialized():
         # Control decisions travel over gloo on CPU tensors, so that agreeing never waits for the GPU's queue.
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        store = fresh_store(rank, world_size, start_timeout_seconds)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds)
+        )
     return World(
         rank,
         world_size,
