@@ -58,7 +58,9 @@ def examine(cfg: TrainConfig, args: argparse.Namespace) -> list[Finding]:
     limit = doctor.job_limit_seconds() if args.limit_hours is None else 3600 * args.limit_hours
     device = doctor_device.check_torch(cfg)
     usable = not any(f.level == "error" for f in device)
-    world = distributed.init_world(cfg.trainer.device if usable else "cpu", timeout_seconds=300, start_timeout_seconds=300)
+    world = distributed.init_world(
+        cfg.trainer.device if usable else "cpu", timeout_seconds=300, start_timeout_seconds=300
+    )
     if args.ranks:
         plan = Plan(world.world_size // world.local_world_size, world.local_world_size, limit)
     else:
