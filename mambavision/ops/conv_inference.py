@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambavision.ops.token_inference import matrix_units_available
+from mambavision.ops.token_inference import PANEL_COLUMNS, matrix_units_available
 
 _PIXEL_PAD, _SMALL_PIXEL = 32, 8  # kPixelPad and kSmallPixel of the kernels
-_BLOCKS = (80, 96, 64, 112, 48, 32, 16)  # output channels of a product, fastest first
 
 
 def conv_inference_available() -> bool:
@@ -26,24 +25,18 @@ def conv_inference_available() -> bool:
 
 
 def pack_filter(weight: Tensor) -> Tensor:
-    """A convolution's weight (out, in, 3, 3) as the matrix units read it: (blocks, 9 padded in / 2, 2 block), bfloat16.
+    """A convolution's weight (out, in, 3, 3) as the matrix units read it: (blocks of 32 out, 9 padded in / 2, 64).
 
     Of a block of output channels the rows are (filter row, filter column, input channel), input channels zero-padded as
     the pixels are, and a pair of rows lies together. Three dimensions, as of four module.to(memory_format=channels_last)
     would change the order.
     """
     columns, channels = weight.shape[:2]
-    block = column_block(columns)
     pixel = _SMALL_PIXEL if channels <= _SMALL_PIXEL else channels + -channels % _PIXEL_PAD
     rows = F.pad(weight.detach().to(torch.bfloat16).permute(0, 2, 3, 1), (0, pixel - channels)).flatten(2)
     weight = F.pad(rows, (0, -rows.shape[2] % _PIXEL_PAD)).flatten(1)
-    weight = F.pad(weight, (0, 0, 0, -columns % block))
-    return weight.view(-1, block, weight.shape[1] // 2, 2).transpose(1, 2).flatten(2).contiguous()
-
-
-def column_block(columns: int) -> int:
-    """How many output channels lie together: the fastest of the blocks that need least padding."""
-    return min(_BLOCKS, key=lambda block: -columns % block)
+    weight = F.pad(weight, (0, 0, 0, -columns % PANEL_COLUMNS))
+    return weight.view(-1, PANEL_COLUMNS, weight.shape[1] // 2, 2).transpose(1, 2).flatten(2).contiguous()
 
 
 @cache

@@ -50,6 +50,8 @@ SOURCES = (
     Source("norm_training.cpp"),
     Source("optimizer.cpp"),
     Source("isa.cpp"),
+    Source("matrix_units.cpp"),
+    Source("gelu_table.cpp"),
     Source("scan_kernel.cpp", per_isa=True),
     Source("depthwise_conv_kernel.cpp", per_isa=True),
     Source("gelu_kernel.cpp", per_isa=True),

@@ -16,7 +16,7 @@ from mambavision.ops.native_build import load_native
 LOG2_E = 1.4426950408889634
 _LANES = 16  # per-channel tables are padded to the widest vector
 _STATE_PAD = 8
-_BLOCKS = (64, 48, 80, 96, 112, 128, 32, 16)  # columns of a product done at once, best first
+PANEL_COLUMNS = 32  # kPanelColumns of the kernels
 
 
 def token_inference_available() -> bool:
@@ -32,22 +32,15 @@ def matrix_units_available() -> bool:
     return load_native() is not None and torch.ops.mambavision.matrix_units_available()
 
 
-def column_block(columns: int) -> int | None:
-    """How many columns of a weight lie together; None where their number is no multiple of 16."""
-    return next((block for block in _BLOCKS if columns % block == 0), None)
-
-
 def pack_weight(weight: Tensor, inner: int | None = None) -> Tensor:
-    """A linear layer's weight (columns, inner) as the matrix units read it: (blocks, inner / 2, 2 block), bfloat16.
+    """A linear layer's weight (columns, inner) as the matrix units read it: (blocks of 32 columns, inner / 2, 64), bfloat16.
 
-    inner: zero-padded up to this.
+    inner: zero-padded up to this, an even number.
     """
     columns, width = weight.shape
     inner = width if inner is None else inner
-    block = column_block(columns)
-    assert block is not None and inner % 2 == 0
-    padded = F.pad(weight.to(torch.bfloat16), (0, inner - width))
-    return padded.view(columns // block, block, inner // 2, 2).transpose(1, 2).flatten(2).contiguous()
+    padded = F.pad(weight.to(torch.bfloat16), (0, inner - width, 0, -columns % PANEL_COLUMNS))
+    return padded.view(-1, PANEL_COLUMNS, inner // 2, 2).transpose(1, 2).flatten(2).contiguous()
 
 
 def pack_taps(*weights: Tensor) -> Tensor:

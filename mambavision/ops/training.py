@@ -1,7 +1,7 @@
 """The layers of a training step in bfloat16 on the CPU: native operators where they fit, PyTorch's elsewhere.
 
 Owns the choice. The native ones (`native/linear_training.cpp`, `native/norm_training.cpp`) take over where gradients are
-recorded, activations are bfloat16 (by autocast or as they come) and the processor has matrix units that oneDNN drives;
+recorded, activations are bfloat16 (by autocast or as they come) and the processor has matrix units (AMX);
 float32, inference, other devices and every traced graph take PyTorch's own operators, which a compiler can fuse and an
 export can name. Sums are float32 and bitwise repeatable at any number of threads; gradients of weights come in the
 weights' type, not rounded to bfloat16 on the way.

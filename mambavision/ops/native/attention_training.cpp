@@ -10,8 +10,6 @@
 #include "operators.h"
 #include "training_product.h"
 
-#if defined(MAMBAVISION_MATRIX_UNITS)  // elsewhere ops/training.py asks for none of this
-
 namespace mambavision {
 namespace {
 
@@ -73,7 +71,7 @@ Two attention_training_forward(const Tensor& qkv_in, int64_t heads) {
   const Tensor out = qkv.new_empty({s.batch, s.tokens, s.dim()});
   const Tensor log_sums = qkv.new_empty({s.batch * heads, s.padded}, at::kFloat);
   at::parallel_for(0, s.batch * heads, 1, [&](int64_t begin, int64_t end) {
-    const MatrixUnits units;
+    MatrixUnits units;
     Scratch own(s);
     for (int64_t item = begin; item < end; item++) {
       const Matrix q = head_rows(s, qkv, item, 0), k = head_rows(s, qkv, item, s.dim());
@@ -81,11 +79,11 @@ Two attention_training_forward(const Tensor& qkv_in, int64_t heads) {
       uint32_t *keys = own.packed(s, 0), *values = own.packed(s, 1);
       pack_kernels().pair_columns(k, keys, s.padded, s.padded);
       pack_kernels().pair_rows(v, values, s.padded_width, s.padded_width, nullptr);
-      multiply(s.tokens, s.padded, s.width, elements(q), q.stride, elements(keys), s.padded, own.scores, s.padded);
+      units.multiply(s.tokens, s.padded, s.width, elements(q), q.stride, elements(keys), s.padded, own.scores, s.padded);
       float* logs = log_sums.mutable_data_ptr<float>() + item * s.padded;
       kernels().softmax(own.scores, s.padded, s.tokens, s.tokens, s.padded, s.scale, own.weights, own.row, logs);
       for (int64_t i = s.tokens; i < s.padded; i++) logs[i] = 0.0f;
-      multiply(s.tokens, s.padded_width, s.even, own.weights, s.padded, elements(values), s.padded_width, own.sums,
+      units.multiply(s.tokens, s.padded_width, s.even, own.weights, s.padded, elements(values), s.padded_width, own.sums,
                s.padded_width);
       kernels().scale_rows(own.sums, s.padded_width, s.tokens, s.width, own.row, head_data(s, out, item, 0), s.dim());
     }
@@ -100,12 +98,12 @@ Tensor attention_training_backward(const Tensor& dout_in, const Tensor& qkv_in, 
   TORCH_CHECK(dout.sizes() == out.sizes(), "attention_training_backward got a gradient of shape ", dout.sizes());
   const Tensor dqkv = new_like(qkv);
   at::parallel_for(0, s.batch * heads, 1, [&](int64_t begin, int64_t end) {
-    const MatrixUnits units;
+    MatrixUnits units;
     Scratch own(s);
     uint32_t *columns = own.packed(s, 0), *rows = own.packed(s, 1), *flipped = own.packed(s, 4);
     const auto into = [&](const BFloat16* A, int64_t stride, const Matrix& B, int64_t item, int64_t first) {
       pack_kernels().pair_rows(B, rows, s.padded_width, s.padded_width, nullptr);
-      multiply(s.tokens, s.padded_width, s.even, A, stride, elements(rows), s.padded_width, own.sums, s.padded_width);
+      units.multiply(s.tokens, s.padded_width, s.even, A, stride, elements(rows), s.padded_width, own.sums, s.padded_width);
       kernels().scale_rows(own.sums, s.padded_width, s.tokens, s.width, nullptr, head_data(s, dqkv, item, first),
                            3 * s.dim());
     };
@@ -113,9 +111,9 @@ Tensor attention_training_backward(const Tensor& dout_in, const Tensor& qkv_in, 
       const Matrix q = head_rows(s, qkv, item, 0), k = head_rows(s, qkv, item, s.dim());
       const Matrix v = head_rows(s, qkv, item, 2 * s.dim()), dy = head_rows(s, dout, item, 0);
       pack_kernels().pair_columns(q, columns, s.padded, s.padded);
-      multiply(s.tokens, s.padded, s.width, elements(k), k.stride, elements(columns), s.padded, own.scores, s.padded);
+      units.multiply(s.tokens, s.padded, s.width, elements(k), k.stride, elements(columns), s.padded, own.scores, s.padded);
       pack_kernels().pair_columns(dy, columns, s.padded, s.padded);
-      multiply(s.tokens, s.padded, s.width, elements(v), v.stride, elements(columns), s.padded, own.dweights, s.padded);
+      units.multiply(s.tokens, s.padded, s.width, elements(v), v.stride, elements(columns), s.padded, own.dweights, s.padded);
       kernels().dot_rows(dy.data, head_rows(s, out, item, 0).data, s.dim(), s.tokens, s.width, own.row);
       for (int64_t i = s.tokens; i < s.padded; i++) own.row[i] = 0.0f;
       kernels().softmax_backward(own.scores, own.dweights, s.padded, s.tokens, s.padded, s.scale,
@@ -131,4 +129,3 @@ Tensor attention_training_backward(const Tensor& dout_in, const Tensor& qkv_in, 
 
 }  // namespace mambavision
 
-#endif

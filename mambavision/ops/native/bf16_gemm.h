@@ -1,88 +1,82 @@
-// Products of bfloat16 rows with packed weights, summed in float32, on the matrix units that oneDNN finds (AMX, AVX-512).
+// Products of bfloat16 rows with packed weights, summed in float32, and what is done with the sums while they are near.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/BFloat16.h>
-#if __has_include(<ATen/native/CPUBlas.h>)
-#include <ATen/native/CPUBlas.h>
-#endif
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
-#define MAMBAVISION_MATRIX_UNITS  // this torch lets us use them
-#endif
 
+#include <algorithm>
+
+#include "matrix_units.h"
 #include "row_kernels.h"
 
 namespace mambavision {
 
-// Whether this torch and this processor have them; the products below are refused elsewhere.
-inline bool matrix_units_available() {
-#if defined(MAMBAVISION_MATRIX_UNITS)
-  return at::native::cpublas::could_pack(at::kBFloat16);
-#else
-  return false;
-#endif
-}
-
-#if defined(MAMBAVISION_MATRIX_UNITS)
-
 using c10::BFloat16;
 
-// A weight (columns, inner) of a linear layer, cut into blocks of columns: (blocks, inner / 2, 2 block), so that a pair of
-// consecutive inner elements of a column lies together, as the matrix units want it. Not of four dimensions, which
-// module.to(memory_format=torch.channels_last) would reorder.
+// A weight (columns, inner) of a linear layer, cut into blocks of kPanelColumns columns, the last one padded with zeros:
+// (blocks, inner / 2, 2 kPanelColumns), so that a pair of consecutive inner elements of a column lies together, as the matrix
+// units want it. Not of four dimensions, which module.to(memory_format=torch.channels_last) would reorder.
 struct PackedWeight {
   const BFloat16* data;
-  int64_t blocks, inner, block;
+  int64_t blocks, inner;
 
   explicit PackedWeight(const at::Tensor& packed)
-      : data(packed.const_data_ptr<BFloat16>()),
-        blocks(packed.size(0)),
-        inner(2 * packed.size(1)),
-        block(packed.size(2) / 2) {
-    TORCH_CHECK(packed.dim() == 3 && packed.is_contiguous() && packed.is_cpu(),
-                "a packed weight is (blocks, inner / 2, 2 block), got ", packed.sizes());
+      : data(packed.const_data_ptr<BFloat16>()), blocks(packed.size(0)), inner(2 * packed.size(1)) {
+    TORCH_CHECK(packed.dim() == 3 && packed.is_contiguous() && packed.is_cpu() && packed.size(2) == 2 * kPanelColumns,
+                "a packed weight is (blocks, inner / 2, ", 2 * kPanelColumns, "), got ", packed.sizes());
   }
-  int64_t columns() const { return blocks * block; }
+  bool has_columns(int64_t columns) const { return blocks == (columns + kPanelColumns - 1) / kPanelColumns; }
   // A block of columns, from this inner element (an even one) on.
-  const BFloat16* at(int64_t index, int64_t first = 0) const { return data + (index * inner + first) * block; }
+  const BFloat16* at(int64_t index, int64_t first = 0) const { return data + (index * inner + first) * kPanelColumns; }
 };
 
-// A, B and sums should start at cache lines and rows be whole ones, the inner width a multiple of 32: else the units are slow.
-// sums (rows, columns; stride apart) = or += A (rows, inner; lda apart) x B, B as (inner / 2, columns, 2) with ldb columns.
-inline void multiply(int64_t rows, int64_t columns, int64_t inner, const BFloat16* A, int64_t lda, const BFloat16* B,
-                     int64_t ldb, float* sums, int64_t stride, bool accumulate = false) {
-  at::native::cpublas::brgemm(rows, columns, inner, lda, ldb, stride, accumulate, A, B, sums, /*is_vnni=*/true);
-}
+constexpr int64_t kNearInner = 512;  // elements of the inner dimension at once: a panel's part of them stays near
 
-// A thread that used the matrix units gives them back; ATen's own kernels need it so.
-struct MatrixUnits {
-  MatrixUnits() = default;
-  MatrixUnits(const MatrixUnits&) = delete;
-  ~MatrixUnits() { at::native::cpublas::brgemm_release(/*is_vnni=*/true); }
-};
-
-constexpr int64_t kProductRows = 224;  // fewer would read the weight too often, more would not fit beside it in the cache
-
-// out = finish(A x weight), one block of columns after the other: all of them, or `count` from `first` on, whose first column
-// is then the first of `finish`. `sums` has room for kProductRows x block floats.
-inline void linear(int64_t rows, const BFloat16* A, int64_t lda, const PackedWeight& weight, const RowKernels& kernels,
-                   const Finish& finish, float* sums, int64_t first = 0, int64_t count = -1) {
-  if (count < 0) count = weight.blocks;
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t column = i * weight.block;
-    for (int64_t row = 0; row < rows; row += kProductRows) {
-      const int64_t some = rows - row < kProductRows ? rows - row : kProductRows;
-      multiply(some, weight.block, weight.inner, A + row * lda, lda, weight.at(first + i), weight.block, sums, weight.block);
-      Finish part = finish;
-      if (part.bias) part.bias += column;
-      if (part.residual)
-        part.residual = static_cast<const BFloat16*>(part.residual) + row * part.residual_stride + column;
-      part.out = static_cast<BFloat16*>(part.out) + row * part.out_stride + column;
-      kernels.finish(sums, weight.block, some, weight.block, part);
-    }
+// sums (rows, columns; stride apart) = or += A x a block of a packed weight; rows and columns as multiply_panel wants them.
+inline void multiply_block(MatrixUnits& units, int64_t rows, int64_t columns, int64_t inner, const BFloat16* A, int64_t lda,
+                           const BFloat16* B, float* sums, int64_t stride, bool accumulate = false) {
+  if (inner % kTileInner || rows % 2)
+    return units.multiply(rows, columns, inner, A, lda, B, kPanelColumns, sums, stride, accumulate);
+  const int64_t parts = (inner + kNearInner - 1) / kNearInner, steps = inner / kTileInner;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = part * steps / parts * kTileInner, last = (part + 1) * steps / parts * kTileInner;
+    units.multiply_panel(rows, columns, last - first, A + first, lda, B + first * kPanelColumns, kPanelColumns, sums, stride,
+                         accumulate || part > 0);
   }
 }
 
-#endif
+// What becomes of the part of the sums that starts there.
+inline Finish part_at(Finish finish, int64_t row, int64_t column) {
+  if (finish.bias) finish.bias += column;
+  if (finish.residual)
+    finish.residual = static_cast<const BFloat16*>(finish.residual) + row * finish.residual_stride + column;
+  finish.out = static_cast<BFloat16*>(finish.out) + row * finish.out_stride + column;
+  return finish;
+}
+
+constexpr int64_t kWeightBytes = 640 << 10;  // of a weight that stay in the second-level cache while rows go by
+
+// Calls done(first column, columns, sums) after a panel was multiplied with each block from `first` to `last`.
+template <class Done>
+void multiply_blocks(MatrixUnits& units, int64_t rows, const BFloat16* A, int64_t lda, const PackedWeight& weight,
+                     int64_t first, int64_t last, int64_t columns, const Done& done) {
+  alignas(64) float sums[kPanelRows * kPanelColumns];
+  for (int64_t block = first; block < last; block++) {
+    const int64_t column = block * kPanelColumns, live = std::min(kPanelColumns, columns - column);
+    multiply_block(units, rows, live, weight.inner, A, lda, weight.at(block), sums, kPanelColumns);
+    done(column, live, sums);
+  }
+}
+
+// out (rows, columns) = finish(A x weight). Rows of A up to a whole panel are read, so they must be there.
+inline void linear(MatrixUnits& units, int64_t rows, const BFloat16* A, int64_t lda, const PackedWeight& weight,
+                   int64_t columns, const RowKernels& kernels, const Finish& finish) {
+  const int64_t some = std::max<int64_t>(1, kWeightBytes / (2 * weight.inner * kPanelColumns)), height = panel_rows(rows);
+  for (int64_t first = 0; first < weight.blocks; first += some)
+    for (int64_t row = 0; row < rows; row += height)
+      multiply_blocks(units, height, A + row * lda, lda, weight, first, std::min(first + some, weight.blocks), columns,
+                      [&](int64_t column, int64_t live, const float* sums) {
+                        kernels.finish(sums, kPanelColumns, std::min(height, rows - row), live, part_at(finish, row, column));
+                      });
+}
 
 }  // namespace mambavision

@@ -7,8 +7,6 @@
 
 #include "bf16_gemm.h"
 
-#if defined(MAMBAVISION_MATRIX_UNITS)
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -55,7 +53,7 @@ struct ConvBlock {
 
   // Output lines [begin, end) of an image, to `out` where the image's output starts.
   void run(int64_t image, BFloat16* out, int64_t begin, int64_t end, BFloat16* input, BFloat16* middle,
-           float* sums) const {
+           MatrixUnits& units) const {
     const int64_t height = source.height, width = source.width, channels = first.channels, pixel = first.pixel;
     for (int64_t y = begin; y < end; y += band) {
       const int64_t lines = std::min(band, end - y), kept = y == begin ? 0 : 2;
@@ -72,13 +70,12 @@ struct ConvBlock {
       const int64_t from = std::max(y - 1 + kept, int64_t{0}), to = std::min(y + lines + 1, height);
       if (from < to) {
         const BFloat16* top = input + (from + 1 - y) * line();
-        convolve({{top, top + line(), top + 2 * line()}, pixel, width + 2, width, to - from}, first,
-                 {middle + (from + 1 - y) * line() + pixel, line(), pixel, Activation::gelu_tanh}, sums);
+        convolve(units, {{top, top + line(), top + 2 * line()}, pixel, width + 2, width, to - from}, first,
+                 {middle + (from + 1 - y) * line() + pixel, line(), pixel, Activation::gelu_tanh});
       }
-      convolve({{middle, middle + line(), middle + 2 * line()}, pixel, width + 2, width, lines}, second,
+      convolve(units, {{middle, middle + line(), middle + 2 * line()}, pixel, width + 2, width, lines}, second,
                {out + y * width * channels, width * channels, channels, Activation::none, input + 2 * line() + pixel,
-                line(), pixel},
-               sums);
+                line(), pixel});
     }
   }
 };
@@ -98,18 +95,17 @@ Tensor conv_block_inference(const Tensor& x_in, const Tensor& first_in, const Te
   const int64_t bands = divide_up(part, std::max(kBandBytes / (2 * line_bytes), int64_t{4}));
   const ConvBlock block{source, first, second, divide_up(part, bands)};
   at::parallel_for(0, images * parts, 1, [&](int64_t begin, int64_t end) {
-    const MatrixUnits units;
+    MatrixUnits units;
     Scratch scratch;
     BFloat16 *input, *middle;
-    float* sums;
     const int64_t input_size = (block.band + 4) * line + slack(first.pixel);
     const int64_t middle_size = (block.band + 2) * line + slack(first.pixel);
-    scratch.reserve(input, input_size, middle, middle_size, sums, kPositions * std::max(first.block, second.block));
+    scratch.reserve(input, input_size, middle, middle_size);
     std::memset(static_cast<void*>(input), 0, input_size * sizeof(BFloat16));
     std::memset(static_cast<void*>(middle), 0, middle_size * sizeof(BFloat16));
     for (int64_t task = begin; task < end; task++) {
       const int64_t image = task / parts, top = task % parts * part;
-      block.run(image, to + image * height * width * channels, top, std::min(top + part, height), input, middle, sums);
+      block.run(image, to + image * height * width * channels, top, std::min(top + part, height), input, middle, units);
     }
   });
   return y;
@@ -162,12 +158,11 @@ Tensor conv_inference(const Tensor& x_in, const Tensor& filter_in, const Tensor&
   const int64_t share = divide_up(tasks, at::get_num_threads());
   const int64_t group = std::clamp<int64_t>(kBandBytes / (conv.band * line_bytes), 1, std::max(share, int64_t{1}));
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const MatrixUnits units;
+    MatrixUnits units;
     Scratch scratch;
     BFloat16* maps;
-    float* sums;
     const int64_t size = stride * conv.half();
-    scratch.reserve(maps, group * size, sums, kPositions * filter.block);
+    scratch.reserve(maps, group * size);
     std::memset(static_cast<void*>(maps), 0, group * size * sizeof(BFloat16));
     std::vector<Stretch> stretches(group);
     std::vector<Target> targets(group);
@@ -178,7 +173,7 @@ Tensor conv_inference(const Tensor& x_in, const Tensor& filter_in, const Tensor&
         stretches[i] = conv.prepare(image, top, std::min(conv.band, height - top), maps + i * size);
         targets[i] = {to + (image * height + top) * width * columns, width * columns, columns, conv.activation};
       }
-      convolve(stretches.data(), targets.data(), count, filter, sums);
+      convolve(units, stretches.data(), targets.data(), count, filter);
     }
   });
   return y;
@@ -192,7 +187,6 @@ TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
   library.impl("conv_inference", mambavision::conv_inference);
 }
 
-#endif
 
 TORCH_LIBRARY_FRAGMENT(mambavision, library) {
   library.def(

@@ -14,8 +14,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPositions = 128;  // rows of one product: whole tiles of the matrix units, sums near the first-level cache
-constexpr int64_t kTileRows = 32;    // the last product of a stretch has a multiple of so many rows
 constexpr int64_t kPixelPad = 32;    // channels of a padded pixel are a multiple of this: whole cache lines and tiles
 constexpr int64_t kSmallPixel = 8;   // unless they are so few: images
 
@@ -42,11 +40,10 @@ struct Filter : PackedWeight {
         columns_used(bias_in.numel()) {
     TORCH_CHECK(packed.scalar_type() == at::kBFloat16 && inner == 3 * row_length, "the filter is not one for ",
                 channels, " channels: ", packed.sizes());
-    TORCH_CHECK(bias_in.scalar_type() == at::kFloat && bias_in.is_contiguous() && columns_used <= columns(),
+    TORCH_CHECK(bias_in.scalar_type() == at::kFloat && bias_in.is_contiguous() && has_columns(columns_used),
                 "a filter's bias is float32, one an output channel");
     bias = bias_in.const_data_ptr<float>();
   }
-  const BFloat16* row(int64_t index, int64_t filter_row) const { return at(index) + filter_row * row_length * block; }
 };
 
 // What a filter slides over: position p has the pixels under row r of the filter at rows[r] + p * step. A line of the
@@ -71,7 +68,7 @@ void finish_positions(const float* sums, int64_t first, int64_t count, const Str
   finish.activation = target.activation;
   finish.bias = filter.bias + column;
   finish.out_stride = target.pixel, finish.residual_stride = target.residual_pixel;
-  const int64_t columns = std::min(filter.block, filter.columns_used - column);
+  const int64_t columns = std::min(kPanelColumns, filter.columns_used - column);
   for (int64_t y = first / stretch.line; y * stretch.line < first + count && y < stretch.lines; y++) {
     const int64_t from = std::max(first - y * stretch.line, int64_t{0});
     const int64_t to = std::min(first + count - y * stretch.line, stretch.width);
@@ -79,33 +76,36 @@ void finish_positions(const float* sums, int64_t first, int64_t count, const Str
     finish.out = target.out + y * target.line + from * target.pixel + column;
     if (target.residual)
       finish.residual = target.residual + y * target.residual_line + from * target.residual_pixel + column;
-    const float* line = sums + (y * stretch.line + from - first) * filter.block;
-    row_kernels().finish(line, filter.block, to - from, columns, finish);
+    const float* line = sums + (y * stretch.line + from - first) * kPanelColumns;
+    row_kernels().finish(line, kPanelColumns, to - from, columns, finish);
   }
 }
 
-// Positions beyond the last line are computed up to a whole number of tiles and dropped; for them `slack` elements follow
-// each map. Several stretches share a block of columns' weights while those are in the cache.
-void convolve(const Stretch* stretches, const Target* targets, int64_t count, const Filter& filter, float* sums) {
-  for (int64_t i = 0; i < filter.blocks && i * filter.block < filter.columns_used; i++)
+// Positions beyond the last line are computed up to a whole panel and dropped; for them `slack` elements follow each map.
+// Several stretches share some blocks of columns while these are in the cache.
+void convolve(MatrixUnits& units, const Stretch* stretches, const Target* targets, int64_t count, const Filter& filter) {
+  alignas(64) float sums[kPanelRows * kPanelColumns];
+  const int64_t some = std::max<int64_t>(1, kWeightBytes / (2 * filter.inner * kPanelColumns));
+  for (int64_t first_block = 0; first_block < filter.blocks; first_block += some)
     for (int64_t s = 0; s < count; s++) {
       const Stretch& stretch = stretches[s];
       const int64_t positions = (stretch.lines - 1) * stretch.line + stretch.width;
-      for (int64_t first = 0; first < positions; first += kPositions) {
-        const int64_t live = std::min(kPositions, positions - first);
-        for (int r = 0; r < 3; r++)
-          multiply(round_up(live, kTileRows), filter.block, filter.row_length, stretch.rows[r] + first * stretch.step,
-                   stretch.step, filter.row(i, r), filter.block, sums, filter.block, /*accumulate=*/r > 0);
-        finish_positions(sums, first, live, stretch, filter, i * filter.block, targets[s]);
-      }
+      for (int64_t first = 0; first < positions; first += kPanelRows)
+        for (int64_t block = first_block; block < std::min(first_block + some, filter.blocks); block++) {
+          const int64_t column = block * kPanelColumns, columns = std::min(kPanelColumns, filter.columns_used - column);
+          for (int64_t row = 0; row < 3; row++)
+            multiply_block(units, kPanelRows, columns, filter.row_length, stretch.rows[row] + first * stretch.step,
+                           stretch.step, filter.at(block, row * filter.row_length), sums, kPanelColumns, row > 0);
+          finish_positions(sums, first, std::min(kPanelRows, positions - first), stretch, filter, column, targets[s]);
+        }
     }
 }
 
-void convolve(const Stretch& stretch, const Filter& filter, const Target& target, float* sums) {
-  convolve(&stretch, &target, 1, filter, sums);
+void convolve(MatrixUnits& units, const Stretch& stretch, const Filter& filter, const Target& target) {
+  convolve(units, &stretch, &target, 1, filter);
 }
 
-int64_t slack(int64_t pixel) { return 2 * (kTileRows + 3) * pixel + kPixelPad; }
+int64_t slack(int64_t pixel) { return 2 * (kPanelRows + 3) * pixel + kPixelPad; }
 
 // Maps to read from: elements from image to image, line to line, pixel to pixel, channel to channel.
 struct Source {

@@ -7,8 +7,6 @@
 #include "operators.h"
 #include "training_product.h"
 
-#if defined(MAMBAVISION_MATRIX_UNITS)  // elsewhere ops/training.py asks for none of this
-
 namespace mambavision {
 namespace {
 
@@ -48,8 +46,8 @@ ProductFinish into(const Tensor& out, const Tensor& bias = {}) {
 
 void apply(const Tensor& x, const TrainingWeight& weight, const ProductFinish& finish) {
   const Matrix rows = matrix_of(x);
-  over_row_groups(rows.rows, weight.inner, weight.block, [&](int64_t first, int64_t last, float* sums) {
-    product(rows, first, last, weight, finish, sums);
+  over_row_groups(rows.rows, weight.packed.inner, [&](MatrixUnits& units, int64_t first, int64_t last) {
+    product(units, rows, first, last, weight, finish);
   });
 }
 
@@ -57,10 +55,9 @@ void apply(const Tensor& x, const TrainingWeight& weight, const ProductFinish& f
 void apply_both(const Tensor& x, const TrainingWeight& first_weight, const ProductFinish& first_finish,
                 const Tensor& between, const TrainingWeight& second_weight, const ProductFinish& second_finish) {
   const Matrix rows = matrix_of(x), hidden = matrix_of(between);
-  const int64_t width = std::max(first_weight.block, second_weight.block);
-  over_row_groups(rows.rows, hidden.columns, width, [&](int64_t first, int64_t last, float* sums) {
-    product(rows, first, last, first_weight, first_finish, sums);
-    product(hidden, first, last, second_weight, second_finish, sums);
+  over_row_groups(rows.rows, hidden.columns, [&](MatrixUnits& units, int64_t first, int64_t last) {
+    product(units, rows, first, last, first_weight, first_finish);
+    product(units, hidden, first, last, second_weight, second_finish);
   });
 }
 
@@ -125,4 +122,3 @@ Five mlp_training_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor
 
 }  // namespace mambavision
 
-#endif

@@ -9,7 +9,7 @@
 
 #include <string>
 
-#include "bf16_gemm.h"
+#include "matrix_units.h"
 #include "isa.h"
 
 namespace mm = mambavision;
@@ -97,8 +97,6 @@ TORCH_LIBRARY_IMPL(mambavision, Autograd, library) {  // first gradients pass; w
   library.impl("layer_norm_training_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
-#if defined(MAMBAVISION_MATRIX_UNITS)  // elsewhere ops/training.py asks for none of these
-
 TORCH_LIBRARY_FRAGMENT(mambavision, library) {
   library.def("linear_training(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("linear_training_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
@@ -138,4 +136,3 @@ TORCH_LIBRARY_IMPL(mambavision, Autograd, library) {
   library.impl("attention_training_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
-#endif

@@ -39,27 +39,46 @@ INLINE Vec load(const float* from) {
 }
 
 INLINE Vec load(const bfloat16* from) {
+#if defined(__AVX512F__)  // in one instruction, which GCC 12 does not find
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#else
   Halves halves;
   memcpy(&halves, from, sizeof halves);
   return (Vec)(__builtin_convertvector(halves, Bits) << 16);
+#endif
 }
 
 INLINE void store(float* to, Vec value) { memcpy(to, &value, sizeof value); }
 
 // Rounds to nearest even; a NaN stays one (the carry of the rounding could turn its bits into a zero's).
-INLINE void store(bfloat16* to, Vec value) {
+INLINE Halves to_bfloat16(Vec value) {
 #if defined(__AVX512BF16__)
-  const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+  return (Halves)_mm512_cvtneps_pbh((__m512)value);
 #else
   const Bits bits = (Bits)value;
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Bits result = value == value ? rounded : (bits >> 16) | 0x40u;
-  const Halves halves = __builtin_convertvector(result, Halves);
+  return __builtin_convertvector(result, Halves);
 #endif
+}
+
+INLINE void store(bfloat16* to, Vec value) {
+  const Halves halves = to_bfloat16(value);
   memcpy(to, &halves, sizeof halves);
 }
 
 // The first `count` lanes only, zeros in the others: the last block of channels.
+#if defined(__AVX512F__)
+INLINE uint32_t first_lanes(int count) { return count >= kLanes ? 0xffffu : (1u << count) - 1; }
+INLINE Vec load(const float* from, int count) { return (Vec)_mm512_maskz_loadu_ps(first_lanes(count), from); }
+INLINE Vec load(const bfloat16* from, int count) {
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), from)), 16);
+}
+INLINE void store(float* to, Vec value, int count) { _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)value); }
+INLINE void store(bfloat16* to, Vec value, int count) {
+  _mm256_mask_storeu_epi16(to, first_lanes(count), (__m256i)to_bfloat16(value));
+}
+#else
 template <class T>
 INLINE Vec load(const T* from, int count) {
   if (__builtin_expect(count >= kLanes, 1)) return load(from);
@@ -75,6 +94,7 @@ INLINE void store(T* to, Vec value, int count) {
   store(padded, value);
   for (int lane = 0; lane < count; lane++) to[lane] = padded[lane];
 }
+#endif
 
 INLINE float to_float(float value) { return value; }
 INLINE float to_float(bfloat16 value) {
@@ -85,8 +105,15 @@ INLINE float to_float(bfloat16 value) {
 }
 
 // A NaN in `a` comes through both.
+#if defined(__AVX512F__)  // a NaN stays: the instructions return their second operand
+INLINE Vec at_most(Vec a, float limit) { return (Vec)_mm512_min_ps(_mm512_set1_ps(limit), (__m512)a); }
+INLINE Vec at_least(Vec a, float limit) { return (Vec)_mm512_max_ps(_mm512_set1_ps(limit), (__m512)a); }
+INLINE Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
+INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 INLINE Vec at_most(Vec a, float limit) { return a > limit ? splat(limit) : a; }
 INLINE Vec at_least(Vec a, float limit) { return a < limit ? splat(limit) : a; }
+#endif
 INLINE Vec magnitude(Vec a) { return (Vec)((Bits)a & 0x7fffffffu); }
 
 INLINE bool all_below(Vec a, float limit) {  // false if any lane is a NaN

@@ -6,8 +6,6 @@
 
 #include "bf16_gemm.h"
 
-#if defined(MAMBAVISION_MATRIX_UNITS)
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 
@@ -26,7 +24,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kMlpRows = 224;       // of a tile: a weight that was fetched serves enough of them
-constexpr int64_t kMlpColumns = 320;    // of the hidden layer at once: their weights stay near, for both products
+constexpr int64_t kMlpColumns = 320;    // of the hidden layer at once: their part of both weights stays near while rows go by
 constexpr int64_t kGroupRows = 224;     // of the windows that a thread takes at once
 constexpr int64_t kAttentionRows = 64;  // of scores at once
 
@@ -57,8 +55,8 @@ struct Norm {  // weight and bias, (2, C)
 
   Norm(const Tensor& parameters, double eps)
       : weight(floats(parameters)), bias(weight + parameters.size(1)), channels(parameters.size(1)), eps(eps) {}
-  void apply(const BFloat16* x, int64_t rows, BFloat16* out) const {
-    row_kernels().layer_norm(x, channels, rows, channels, weight, bias, eps, out, channels);
+  void apply(const BFloat16* x, int64_t rows, BFloat16* out, int64_t stride) const {
+    row_kernels().layer_norm(x, channels, rows, channels, weight, bias, eps, out, stride);
   }
 };
 
@@ -84,35 +82,43 @@ Tensor mlp_inference(const Tensor& x_in, const Tensor& norm_in, double eps, cons
   const PackedWeight up(up_in), down(down_in);
   const Norm norm(norm_in, eps);
   const Tensor x = checked(x_in, norm.channels), y = at::empty_like(x);
-  const int64_t channels = norm.channels, hidden = up.columns(), rows = x.size(0) * x.size(1);
-  TORCH_CHECK(up.inner == channels && down.inner == hidden && down.columns() == channels, "the weights do not fit");
+  const int64_t channels = norm.channels, hidden = down.inner, rows = x.size(0) * x.size(1);
+  TORCH_CHECK(up.inner == channels && up.has_columns(hidden) && down.has_columns(channels), "the weights do not fit");
   if (rows == 0) return y;
   const BFloat16* from = x.const_data_ptr<BFloat16>();
   BFloat16* to = y.data_ptr<BFloat16>();
   const int64_t tiles = divide_up(rows, std::min(kMlpRows, divide_up(rows, at::get_num_threads())));
+  const int64_t chunk = std::min(kMlpColumns, hidden), stride = row_stride(channels);
+  const int64_t padded = down.blocks * kPanelColumns;
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    const MatrixUnits units;
-    const int64_t most = divide_up(rows, tiles), chunk_blocks = std::max<int64_t>(1, kMlpColumns / up.block);
-    const int64_t chunk = chunk_blocks * up.block;
+    MatrixUnits units;
+    const int64_t most = divide_up(rows, tiles) + kPanelRows;
     Scratch scratch;
     BFloat16 *normalised, *activated;
-    float *up_sums, *down_sums;
-    scratch.reserve(normalised, most * channels, activated, most * chunk, up_sums, most * up.block, down_sums,
-                    most * channels);
+    float* down_sums;
+    scratch.reserve(normalised, most * stride, activated, kPanelRows * chunk, down_sums, most * padded);
     for (int64_t tile = begin; tile < end; tile++) {
-      const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
-      norm.apply(from + first * channels, count, normalised);
-      for (int64_t block = 0; block < up.blocks; block += chunk_blocks) {
-        const int64_t blocks = std::min(chunk_blocks, up.blocks - block), column = block * up.block;
-        Finish gelu = into(activated, chunk, floats(up_bias) + column);
-        gelu.activation = Activation::gelu;
-        linear(count, normalised, channels, up, row_kernels(), gelu, up_sums, block, blocks);
-        for (int64_t i = 0; i < down.blocks; i++)
-          multiply(count, down.block, blocks * up.block, activated, chunk, down.at(i, column), down.block,
-                   down_sums + i * down.block, channels, /*accumulate=*/block > 0);
-      }
-      row_kernels().finish(down_sums, channels, count, channels,
-                           added_to(from + first * channels, to + first * channels, channels, floats(down_bias)));
+      const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first, height = panel_rows(count);
+      norm.apply(from + first * channels, count, normalised, stride);
+      const Finish result = added_to(from + first * channels, to + first * channels, channels, floats(down_bias));
+      for (int64_t start = 0; start < hidden; start += chunk)
+        for (int64_t row = 0; row < count; row += height) {
+          const int64_t width = std::min(chunk, hidden - start), live = std::min(height, count - row);
+          multiply_blocks(units, height, normalised + row * stride, stride, up, start / kPanelColumns,
+                          divide_up(start + width, kPanelColumns), hidden,
+                          [&](int64_t column, int64_t columns, const float* sums) {
+                            Finish gelu = into(activated + column - start, chunk, floats(up_bias) + column);
+                            gelu.activation = Activation::gelu;
+                            row_kernels().finish(sums, kPanelColumns, live, columns, gelu);
+                          });
+          for (int64_t block = 0; block < down.blocks; block++) {
+            const int64_t column = block * kPanelColumns, columns = std::min(kPanelColumns, channels - column);
+            float* sums = down_sums + row * padded + column;
+            multiply_block(units, height, columns, width, activated, chunk, down.at(block, start), sums, padded, start > 0);
+            if (start + width == hidden)
+              row_kernels().finish(sums, padded, live, columns, part_at(result, row, column));
+          }
+        }
     }
   });
   return y;
@@ -150,21 +156,22 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
   const Norm norm(norm_in, eps);
   const Tensor x = checked(x_in, norm.channels), y = at::empty_like(x);
   const int64_t channels = norm.channels, tokens = x.size(1), width = channels / heads;
-  TORCH_CHECK(qkv_weight.inner == channels && qkv_weight.columns() == 3 * channels && proj.inner == channels &&
-                  proj.columns() == channels && channels % heads == 0 && width % 2 == 0,
+  TORCH_CHECK(qkv_weight.inner == channels && qkv_weight.has_columns(3 * channels) && proj.inner == channels &&
+                  proj.has_columns(channels) && channels % heads == 0 && width % 2 == 0,
               "the weights do not fit");
   const int64_t padded = round_up(tokens, 32), padded_width = round_up(width, 16), inner = round_up(width, 32);
   const int64_t chunks = divide_up(tokens, kAttentionRows), chunk_rows = divide_up(tokens, chunks);
+  const int64_t stride = row_stride(channels);
   const float scale = 1.0f / std::sqrt((float)width);
-  const int64_t group = windows_at_once(x.size(0), tokens), most = group * tokens;
+  const int64_t group = windows_at_once(x.size(0), tokens), most = group * tokens + kPanelRows;
   at::parallel_for(0, divide_up(x.size(0), group), 1, [&](int64_t begin, int64_t end) {
-    const MatrixUnits units;
+    MatrixUnits units;
     Scratch scratch;
     BFloat16 *normalised, *qkv, *queries, *keys, *values, *weights;
     float *sums, *inverse;
-    scratch.reserve(normalised, most * channels, qkv, most * 3 * channels, queries, tokens * inner, keys,
+    scratch.reserve(normalised, most * stride, qkv, most * 3 * channels, queries, tokens * inner, keys,
                     inner * padded, values, padded * padded_width, weights, chunk_rows * padded, sums,
-                    std::max(kProductRows * std::max(qkv_weight.block, proj.block), chunk_rows * std::max(padded, padded_width)),
+                    chunk_rows * std::max(padded, padded_width),
                     inverse, chunk_rows);
     std::memset(queries, 0, tokens * inner * sizeof(BFloat16));
     std::memset(keys, 0, inner * padded * sizeof(BFloat16));
@@ -173,8 +180,9 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
     for (int64_t first = begin * group; first < std::min(end * group, x.size(0)); first += group) {
       const int64_t windows = std::min(group, x.size(0) - first), rows = windows * tokens;
       const BFloat16* from = x.const_data_ptr<BFloat16>() + first * tokens * channels;
-      norm.apply(from, rows, normalised);
-      linear(rows, normalised, channels, qkv_weight, row_kernels(), into(qkv, 3 * channels, floats(qkv_bias)), sums);
+      norm.apply(from, rows, normalised, stride);
+      linear(units, rows, normalised, stride, qkv_weight, 3 * channels, row_kernels(),
+             into(qkv, 3 * channels, floats(qkv_bias)));
       for (int64_t item = 0; item < windows * heads; item++) {
         const int64_t offset = item / heads * tokens, column = item % heads * width;
         const BFloat16* head = qkv + offset * 3 * channels + column;
@@ -183,16 +191,16 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
         pack_values(head + 2 * channels, 3 * channels, tokens, width, padded_width, values);
         for (int64_t row = 0; row < tokens; row += chunk_rows) {
           const int64_t some = std::min(chunk_rows, tokens - row);
-          multiply(some, padded, inner, queries + row * inner, inner, keys, padded, sums, padded);
+          units.multiply(some, padded, inner, queries + row * inner, inner, keys, padded, sums, padded);
           row_kernels().softmax(sums, padded, some, tokens, padded, scale, weights, padded, inverse);
-          multiply(some, padded_width, padded, weights, padded, values, padded_width, sums, padded_width);
-          Finish normalise = into(mixed + (offset + row) * channels + column, channels);
+          units.multiply(some, padded_width, padded, weights, padded, values, padded_width, sums, padded_width);
+          Finish normalise = into(mixed + (offset + row) * stride + column, stride);
           normalise.row_scale = inverse;
           row_kernels().finish(sums, padded_width, some, width, normalise);
         }
       }
-      linear(rows, mixed, channels, proj, row_kernels(),
-             added_to(from, y.data_ptr<BFloat16>() + first * tokens * channels, channels, floats(proj_bias)), sums);
+      linear(units, rows, mixed, stride, proj, channels, row_kernels(),
+             added_to(from, y.data_ptr<BFloat16>() + first * tokens * channels, channels, floats(proj_bias)));
     }
   });
   return y;
@@ -207,10 +215,10 @@ Tensor mixer_inference(const Tensor& x_in, const Tensor& norm_in, double eps, co
   const Norm norm(norm_in, eps);
   const Tensor x = checked(x_in, norm.channels), y = at::empty_like(x);
   const int64_t channels = norm.channels, half = channels / 2, tokens = x.size(1), rank = dt_proj.inner;
-  const int64_t dbc_width = x_proj.columns();
-  TORCH_CHECK(in_proj.inner == channels && in_proj.columns() == channels && x_proj.inner == half &&
-                  dbc_width >= rank + 2 * states && dt_proj.columns() == half && out_proj.inner == channels &&
-                  out_proj.columns() == channels,
+  const int64_t dbc_width = x_proj.blocks * kPanelColumns;
+  TORCH_CHECK(in_proj.inner == channels && in_proj.has_columns(channels) && x_proj.inner == half &&
+                  dbc_width >= rank + 2 * states && dt_proj.has_columns(half) && out_proj.inner == channels &&
+                  out_proj.has_columns(channels),
               "the weights do not fit");
   const ScanKernels& scan_kernels = ISA_TABLE(scan_kernels);
   const TokenConvKernels& conv_kernels = ISA_TABLE(token_conv_kernels);
@@ -224,42 +232,41 @@ Tensor mixer_inference(const Tensor& x_in, const Tensor& norm_in, double eps, co
   scan.A_log2e = floats(table);
   scan.A_magnitude = scan.A_log2e + scan.padded_states * scan.padded_channels;
   scan.D = scan.A_magnitude + scan.padded_channels, scan.bias = scan.D + scan.padded_channels;
+  const int64_t stride = row_stride(channels);
   const Range all_blocks = {0, divide_up(half, scan_kernels.lanes)};
 
   TokenConv conv{};
   conv.tokens = tokens, conv.channels = half, conv.first_tap = -1, conv.silu = conv.bfloat16 = true;
   conv.tap_stride = taps.size(2);
-  const int64_t group = windows_at_once(x.size(0), tokens), most = group * tokens;
+  const int64_t group = windows_at_once(x.size(0), tokens), most = group * tokens + kPanelRows;
   at::parallel_for(0, divide_up(x.size(0), group), 1, [&](int64_t begin, int64_t end) {
-    const MatrixUnits units;
+    MatrixUnits units;
     Scratch scratch;
     BFloat16 *normalised, *projected, *u, *dbc, *delta, *joined;
-    float* sums;
-    const int64_t widest = std::max({in_proj.block, x_proj.block, dt_proj.block, out_proj.block});
-    scratch.reserve(normalised, most * channels, projected, most * channels, u, most * half, dbc, most * dbc_width, delta,
-                    most * half, joined, most * channels, sums, kProductRows * widest);
+    scratch.reserve(normalised, most * stride, projected, most * channels, u, most * half, dbc, most * dbc_width, delta,
+                    most * half, joined, most * stride);
     for (int64_t first = begin * group; first < std::min(end * group, x.size(0)); first += group) {
       const int64_t windows = std::min(group, x.size(0) - first), rows = windows * tokens;
       const BFloat16* from = x.const_data_ptr<BFloat16>() + first * tokens * channels;
-      norm.apply(from, rows, normalised);
-      linear(rows, normalised, channels, in_proj, row_kernels(), into(projected, channels), sums);
-      auto convolve = [&](int64_t branch, BFloat16* out, int64_t stride) {
+      norm.apply(from, rows, normalised, stride);
+      linear(units, rows, normalised, stride, in_proj, channels, row_kernels(), into(projected, channels));
+      auto convolve = [&](int64_t branch, BFloat16* out, int64_t out_stride) {
         TokenConv one = conv;
         one.taps = floats(taps) + branch * kTaps * conv.tap_stride;
-        one.x = {projected + branch * half, tokens * channels, channels}, one.y = {out, tokens * stride, stride};
+        one.x = {projected + branch * half, tokens * channels, channels}, one.y = {out, tokens * out_stride, out_stride};
         for (int64_t window = 0; window < windows; window++) conv_kernels.forward(one, window, {0, tokens});
       };
       convolve(0, u, half);
-      convolve(1, joined + half, channels);
-      linear(rows, u, half, x_proj, row_kernels(), into(dbc, dbc_width), sums);
-      linear(rows, dbc, dbc_width, dt_proj, row_kernels(), into(delta, half), sums);
+      convolve(1, joined + half, stride);
+      linear(units, rows, u, half, x_proj, dbc_width, row_kernels(), into(dbc, dbc_width));
+      linear(units, rows, dbc, dbc_width, dt_proj, half, row_kernels(), into(delta, half));
       ScanProblem p = scan;
       p.u = {u, tokens * half, half}, p.delta = {delta, tokens * half, half};
       p.B = {dbc + rank, tokens * dbc_width, dbc_width}, p.C = {dbc + rank + states, tokens * dbc_width, dbc_width};
-      p.y = {joined, tokens * channels, channels};
+      p.y = {joined, tokens * stride, stride};
       for (int64_t window = 0; window < windows; window++) scan_kernels.forward(p, window, all_blocks);
-      linear(rows, joined, channels, out_proj, row_kernels(),
-             added_to(from, y.data_ptr<BFloat16>() + first * tokens * channels, channels), sums);
+      linear(units, rows, joined, stride, out_proj, channels, row_kernels(),
+             added_to(from, y.data_ptr<BFloat16>() + first * tokens * channels, channels));
     }
   });
   return y;
@@ -274,7 +281,6 @@ TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
   library.impl("mixer_inference", mambavision::mixer_inference);
 }
 
-#endif
 
 TORCH_LIBRARY_FRAGMENT(mambavision, library) {
   library.def(
