@@ -132,24 +132,22 @@ constexpr float kLn2 = 0.693147181f;
 constexpr float kExponentLimit = 126.0f;
 
 #if defined(__AVX512F__)
-// 2^(a*b) = power * 2^rest with |rest| <= 1/64. Adding `magic` leaves the rounded multiple of 1/32 in the low bits of the sum:
-// table index and exponent. The product is rounded once, inside the fused multiply-adds.
+// 2^(a*b) = power * 2^whole * 2^rest with |rest| <= 1/64, power a root of 2. Adding `magic` leaves the rounded multiple of 1/32
+// in the low bits of the sum. The product is rounded once, inside the fused multiply-adds.
 struct Exp2Parts {
-  Vec power, rest;
+  Vec power, whole, rest;
 };
 
 INLINE Exp2Parts exp2_parts(Vec a, Vec b) {
-  // kTable[j] = bits(2^(j/32)) - (j << 18), because (sum << 18) carries j there beside the exponent.
-  alignas(64) static const uint32_t kTable[32] = {
-      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
-      0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
-      0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
-      0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+  alignas(64) static const float kTable[32] = {
+      1.000000000f, 1.021897149f, 1.044273782f, 1.067140401f, 1.090507733f, 1.114386743f, 1.138788635f, 1.163724859f,
+      1.189207115f, 1.215247360f, 1.241857812f, 1.269050957f, 1.296839555f, 1.325236643f, 1.354255547f, 1.383909882f,
+      1.414213562f, 1.445180807f, 1.476826146f, 1.509164428f, 1.542210825f, 1.575980845f, 1.610490332f, 1.645755478f,
+      1.681792831f, 1.718619298f, 1.756252160f, 1.794709075f, 1.834008086f, 1.874167634f, 1.915206561f, 1.957144124f};
   const Vec magic = splat(393216.0f);  // 1.5 * 2^18: one unit in the last place is 1/32
-  const Vec sum = a * b + magic;
-  const __m512i index = (__m512i)sum;
-  const __m512i low = _mm512_load_si512(kTable), high = _mm512_load_si512(kTable + 16);
-  return {(Vec)((Bits)_mm512_permutex2var_epi32(low, index, high) + ((Bits)sum << 18)), a * b - (sum - magic)};
+  const Vec sum = a * b + magic, whole = sum - magic;
+  const __m512 low = _mm512_load_ps(kTable), high = _mm512_load_ps(kTable + 16);
+  return {(Vec)_mm512_permutex2var_ps(low, (__m512i)sum, high), whole, a * b - whole};
 }
 #endif
 
@@ -157,7 +155,8 @@ INLINE Exp2Parts exp2_parts(Vec a, Vec b) {
 INLINE Vec exp2_product_bounded(Vec a, Vec b) {
 #if defined(__AVX512F__)
   const Exp2Parts parts = exp2_parts(a, b);
-  return parts.power + parts.power * (parts.rest * (0.693157344f + parts.rest * 0.240226507f));
+  const Vec power = parts.power + parts.power * (parts.rest * (0.693157344f + parts.rest * 0.240226507f));
+  return (Vec)_mm512_scalef_ps((__m512)power, (__m512)parts.whole);
 #else
   const Vec magic = splat(12582912.0f);  // as above, but one unit in the last place is 1
   const Vec sum = a * b + magic;
@@ -172,7 +171,8 @@ INLINE Vec exp2_product_bounded(Vec a, Vec b) {
 INLINE Vec exp2_product_rough(Vec a, Vec b) {
 #if defined(__AVX512F__)
   const Exp2Parts parts = exp2_parts(a, b);
-  return parts.power + parts.power * (0.693147181f * parts.rest);
+  const Vec power = parts.power + parts.power * (0.693147181f * parts.rest);
+  return (Vec)_mm512_scalef_ps((__m512)power, (__m512)parts.whole);
 #else
   return exp2_product_bounded(a, b);
 #endif
