@@ -26,7 +26,6 @@ using at::Tensor;
 constexpr int64_t kMlpRows = 224;       // of a tile: a weight that was fetched serves enough of them
 constexpr int64_t kMlpColumns = 320;    // of the hidden layer at once: their part of both weights stays near while rows go by
 constexpr int64_t kGroupRows = 224;     // of the windows that a thread takes at once
-constexpr int64_t kAttentionRows = 64;  // of scores at once
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
@@ -130,24 +129,27 @@ void pack_queries(const BFloat16* queries, int64_t stride, int64_t tokens, int64
   for (int64_t t = 0; t < tokens; t++) std::memcpy(packed + t * inner, queries + t * stride, width * sizeof(BFloat16));
 }
 
-// One head's keys as the right factor of queries x keys^T: (width / 2, padded tokens, 2); padding is left alone.
-void pack_keys(const BFloat16* keys, int64_t stride, int64_t tokens, int64_t padded, int64_t width, BFloat16* packed) {
-  for (int64_t t = 0; t < tokens; t++)
-    for (int64_t pair = 0; pair < width / 2; pair++)
-      std::memcpy(packed + (pair * padded + t) * 2, keys + t * stride + pair * 2, 2 * sizeof(BFloat16));
+// One head's keys as the right factor of queries x keys^T, in blocks of tokens: (blocks, inner / 2, kPanelColumns, 2); padding is
+// left alone.
+void pack_keys(const BFloat16* keys, int64_t stride, int64_t tokens, int64_t width, int64_t inner, BFloat16* packed) {
+  for (int64_t t = 0; t < tokens; t++) {
+    BFloat16* to = packed + t / kPanelColumns * inner * kPanelColumns + t % kPanelColumns * 2;
+    for (int64_t c = 0; c < width; c += 2)
+      std::memcpy(to + c * kPanelColumns, keys + t * stride + c, 2 * sizeof(BFloat16));
+  }
 }
 
-// One head's values as the right factor of weights x values: (padded tokens / 2, padded width, 2); padding is left alone.
-void pack_values(const BFloat16* values, int64_t stride, int64_t tokens, int64_t width, int64_t padded_width,
-                 BFloat16* packed) {
-  static const uint16_t zeros[1] = {0};
-  for (int64_t t = 0; t < tokens; t += 2) {
-    const uint16_t* even = reinterpret_cast<const uint16_t*>(values + t * stride);
-    const bool pair = t + 1 < tokens;
-    const uint16_t* odd = pair ? even + stride : zeros;
-    uint16_t* to = reinterpret_cast<uint16_t*>(packed + t * padded_width);
-    for (int64_t c = 0; c < width; c++) to[2 * c] = even[c], to[2 * c + 1] = pair ? odd[c] : 0;
-  }
+// One head's values as the right factor of weights x values, in blocks of columns: (blocks, padded tokens / 2, kPanelColumns,
+// 2); padding is left alone.
+void pack_values(const BFloat16* values, int64_t stride, int64_t tokens, int64_t width, int64_t padded, BFloat16* packed) {
+  static const uint16_t zeros[kPanelColumns] = {};
+  for (int64_t t = 0; t < tokens; t += 2)
+    for (int64_t column = 0; column < width; column += kPanelColumns) {
+      const uint16_t* even = reinterpret_cast<const uint16_t*>(values + t * stride + column);
+      const uint16_t* odd = t + 1 < tokens ? even + stride : zeros;
+      uint16_t* to = reinterpret_cast<uint16_t*>(packed + column * padded + t * kPanelColumns);
+      for (int64_t c = 0; c < std::min(kPanelColumns, width - column); c++) to[2 * c] = even[c], to[2 * c + 1] = odd[c];
+    }
 }
 
 Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps, const Tensor& qkv_in,
@@ -159,8 +161,7 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
   TORCH_CHECK(qkv_weight.inner == channels && qkv_weight.has_columns(3 * channels) && proj.inner == channels &&
                   proj.has_columns(channels) && channels % heads == 0 && width % 2 == 0,
               "the weights do not fit");
-  const int64_t padded = round_up(tokens, 32), padded_width = round_up(width, 16), inner = round_up(width, 32);
-  const int64_t chunks = divide_up(tokens, kAttentionRows), chunk_rows = divide_up(tokens, chunks);
+  const int64_t padded = round_up(tokens, kPanelColumns), inner = round_up(width, kTileInner), height = panel_rows(tokens);
   const int64_t stride = row_stride(channels);
   const float scale = 1.0f / std::sqrt((float)width);
   const int64_t group = windows_at_once(x.size(0), tokens), most = group * tokens + kPanelRows;
@@ -169,13 +170,13 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
     Scratch scratch;
     BFloat16 *normalised, *qkv, *queries, *keys, *values, *weights;
     float *sums, *inverse;
-    scratch.reserve(normalised, most * stride, qkv, most * 3 * channels, queries, tokens * inner, keys,
-                    inner * padded, values, padded * padded_width, weights, chunk_rows * padded, sums,
-                    chunk_rows * std::max(padded, padded_width),
-                    inverse, chunk_rows);
-    std::memset(queries, 0, tokens * inner * sizeof(BFloat16));
-    std::memset(keys, 0, inner * padded * sizeof(BFloat16));
-    std::memset(values, 0, padded * padded_width * sizeof(BFloat16));
+    const int64_t value_size = padded * round_up(width, kPanelColumns);
+    scratch.reserve(normalised, most * stride, qkv, most * 3 * channels, queries, (tokens + kPanelRows) * inner, keys,
+                    padded * inner, values, value_size, weights, kPanelRows * padded, sums, kPanelRows * padded, inverse,
+                    kPanelRows);
+    std::memset(queries, 0, (tokens + kPanelRows) * inner * sizeof(BFloat16));
+    std::memset(keys, 0, padded * inner * sizeof(BFloat16));
+    std::memset(values, 0, value_size * sizeof(BFloat16));
     BFloat16* mixed = normalised;  // no longer needed by then
     for (int64_t first = begin * group; first < std::min(end * group, x.size(0)); first += group) {
       const int64_t windows = std::min(group, x.size(0) - first), rows = windows * tokens;
@@ -187,16 +188,21 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
         const int64_t offset = item / heads * tokens, column = item % heads * width;
         const BFloat16* head = qkv + offset * 3 * channels + column;
         pack_queries(head, 3 * channels, tokens, width, inner, queries);
-        pack_keys(head + channels, 3 * channels, tokens, padded, width, keys);
-        pack_values(head + 2 * channels, 3 * channels, tokens, width, padded_width, values);
-        for (int64_t row = 0; row < tokens; row += chunk_rows) {
-          const int64_t some = std::min(chunk_rows, tokens - row);
-          units.multiply(some, padded, inner, queries + row * inner, inner, keys, padded, sums, padded);
+        pack_keys(head + channels, 3 * channels, tokens, width, inner, keys);
+        pack_values(head + 2 * channels, 3 * channels, tokens, width, padded, values);
+        for (int64_t row = 0; row < tokens; row += height) {
+          const int64_t some = std::min(height, tokens - row);
+          for (int64_t token = 0; token < tokens; token += kPanelColumns)
+            multiply_block(units, height, kPanelColumns, inner, queries + row * inner, inner, keys + token * inner, sums + token,
+                           padded);
           row_kernels().softmax(sums, padded, some, tokens, padded, scale, weights, padded, inverse);
-          units.multiply(some, padded_width, padded, weights, padded, values, padded_width, sums, padded_width);
-          Finish normalise = into(mixed + (offset + row) * stride + column, stride);
-          normalise.row_scale = inverse;
-          row_kernels().finish(sums, padded_width, some, width, normalise);
+          for (int64_t c = 0; c < width; c += kPanelColumns) {
+            const int64_t live = std::min(kPanelColumns, width - c);
+            multiply_block(units, height, live, padded, weights, padded, values + c * padded, sums, kPanelColumns);
+            Finish normalise = into(mixed + (offset + row) * stride + column + c, stride);
+            normalise.row_scale = inverse;
+            row_kernels().finish(sums, kPanelColumns, some, live, normalise);
+          }
         }
       }
       linear(units, rows, mixed, stride, proj, channels, row_kernels(),
