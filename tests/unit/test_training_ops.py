@@ -46,6 +46,7 @@ def rounded_linear(inner: int, outer: int) -> nn.Linear:
         (2, 7, 20, 36, False),
         (1, 1, 320, 34, True),
         (2, 1500, 48, 130, True),
+        (1, 33, 1088, 48, True),
         (1, 33, 700, 10, False),
     ],
 )

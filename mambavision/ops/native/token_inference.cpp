@@ -129,8 +129,8 @@ void pack_queries(const BFloat16* queries, int64_t stride, int64_t tokens, int64
   for (int64_t t = 0; t < tokens; t++) std::memcpy(packed + t * inner, queries + t * stride, width * sizeof(BFloat16));
 }
 
-// One head's keys as the right factor of queries x keys^T, in blocks of tokens: (blocks, inner / 2, kPanelColumns, 2); padding is
-// left alone.
+// One head's keys as the right factor of queries x keys^T, in blocks of tokens: (blocks, inner / 2, kPanelColumns, 2).
+// Padding is left alone.
 void pack_keys(const BFloat16* keys, int64_t stride, int64_t tokens, int64_t width, int64_t inner, BFloat16* packed) {
   for (int64_t t = 0; t < tokens; t++) {
     BFloat16* to = packed + t / kPanelColumns * inner * kPanelColumns + t % kPanelColumns * 2;
@@ -193,8 +193,8 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
         for (int64_t row = 0; row < tokens; row += height) {
           const int64_t some = std::min(height, tokens - row);
           for (int64_t token = 0; token < tokens; token += kPanelColumns)
-            multiply_block(units, height, kPanelColumns, inner, queries + row * inner, inner, keys + token * inner, sums + token,
-                           padded);
+            multiply_block(units, height, kPanelColumns, inner, queries + row * inner, inner, keys + token * inner,
+                           sums + token, padded);
           row_kernels().softmax(sums, padded, some, tokens, padded, scale, weights, padded, inverse);
           for (int64_t c = 0; c < width; c += kPanelColumns) {
             const int64_t live = std::min(kPanelColumns, width - c);
