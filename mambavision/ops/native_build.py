@@ -53,6 +53,7 @@ SOURCES = (
     Source("matrix_units.cpp"),
     Source("gelu_table.cpp"),
     Source("scan_kernel.cpp", per_isa=True),
+    Source("scan_backward_kernel.cpp", per_isa=True),
     Source("depthwise_conv_kernel.cpp", per_isa=True),
     Source("gelu_kernel.cpp", per_isa=True),
     Source("pack_kernel.cpp", per_isa=True),

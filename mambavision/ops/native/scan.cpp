@@ -195,7 +195,7 @@ Seven scan_backward(const Tensor& dy_in, const Tensor& u_in, const Tensor& delta
         const Range wide = part(p.padded_channels / kChannelPad, groups, group);
         const Range blocks = {wide.begin * kChannelPad / lanes,
                               std::min(wide.end * kChannelPad / lanes, divide_up(p.channels, lanes))};
-        kernels().backward(p, slot, part(p.batch, slots, slot), group, blocks);
+        ISA_TABLE(scan_backward_kernel).run(p, slot, part(p.batch, slots, slot), group, blocks);
       }
     });
     sum_parts(p.dB_dC, groups, p.batch * p.tokens * 2 * N);

@@ -46,10 +46,14 @@ struct Range {
 struct ScanKernels {
   int lanes;  // channels in a block
   void (*forward)(const ScanProblem&, int64_t batch, Range blocks);
-  void (*backward)(const ScanProblem&, int64_t slot, Range batches, int64_t group, Range blocks);
   int64_t (*exponentials)(int64_t at_least);  // evaluates that many and returns how many: the bench's bound
 };
 
+struct ScanBackwardKernel {
+  void (*run)(const ScanProblem&, int64_t slot, Range batches, int64_t group, Range blocks);
+};
+
 ISA_DECLARE(ScanKernels, scan_kernels);
+ISA_DECLARE(ScanBackwardKernel, scan_backward_kernel);
 
 }  // namespace mambavision
