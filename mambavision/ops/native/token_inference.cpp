@@ -88,14 +88,14 @@ Tensor mlp_inference(const Tensor& x_in, const Tensor& norm_in, double eps, cons
   BFloat16* to = y.data_ptr<BFloat16>();
   const int64_t tiles = divide_up(rows, std::min(kMlpRows, divide_up(rows, at::get_num_threads())));
   const int64_t chunk = std::min(kMlpColumns, hidden), stride = row_stride(channels);
-  const int64_t padded = down.blocks * kPanelColumns;
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     MatrixUnits units;
     const int64_t most = divide_up(rows, tiles) + kPanelRows;
     Scratch scratch;
     BFloat16 *normalised, *activated;
     float* down_sums;
-    scratch.reserve(normalised, most * stride, activated, kPanelRows * chunk, down_sums, most * padded);
+    scratch.reserve(normalised, most * stride, activated, kPanelRows * chunk, down_sums,
+                    most * down.blocks * kPanelColumns);  // (panels, blocks, rows of a panel, columns of a block)
     for (int64_t tile = begin; tile < end; tile++) {
       const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first, height = panel_rows(count);
       norm.apply(from + first * channels, count, normalised, stride);
@@ -112,10 +112,11 @@ Tensor mlp_inference(const Tensor& x_in, const Tensor& norm_in, double eps, cons
                           });
           for (int64_t block = 0; block < down.blocks; block++) {
             const int64_t column = block * kPanelColumns, columns = std::min(kPanelColumns, channels - column);
-            float* sums = down_sums + row * padded + column;
-            multiply_block(units, height, columns, width, activated, chunk, down.at(block, start), sums, padded, start > 0);
+            float* sums = down_sums + (row * down.blocks + block * height) * kPanelColumns;
+            multiply_block(units, height, columns, width, activated, chunk, down.at(block, start), sums, kPanelColumns,
+                           start > 0);
             if (start + width == hidden)
-              row_kernels().finish(sums, padded, live, columns, part_at(result, row, column));
+              row_kernels().finish(sums, kPanelColumns, live, columns, part_at(result, row, column));
           }
         }
     }
