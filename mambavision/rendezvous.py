@@ -49,12 +49,13 @@ def _join(store: dist.Store, rank: int, deadline: float) -> str:
     # next rendezvous), so nobody answers a join under an old token: only the welcome shows that a token is alive.
     name, joined = uuid.uuid4().hex, None
     while True:
-        token = store.get("token").decode()
-        if token != joined:
-            store.set(f"{token}/joined/{rank}", name)
-            joined = token
-        if store.check([f"{token}/welcome/{name}"]):
-            return token
+        if store.check(["token"]):
+            token = store.get("token").decode()
+            if token != joined:
+                store.set(f"{token}/joined/{rank}", name)
+                joined = token
+            if store.check([f"{token}/welcome/{name}"]):
+                return token
         _wait(deadline, f"rank {rank} was not welcomed by rank 0")
 
 
