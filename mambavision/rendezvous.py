@@ -1,6 +1,6 @@
 """A store of their own for ranks that torchrun started together.
 
-torchrun (torch 2.8 to 2.14) hands the same TCPStore to every start of a job, and a process group always writes its
+torchrun (as of torch 2.14) hands the same TCPStore to every start of a job, and a process group always writes its
 addresses under the same keys. After a restart, a rank may thus read the address of a dead peer, or a used NCCL id,
 before the living one has written its own: it fails with "connection refused" or hangs. Counting restarts does not tell
 the starts apart, since each agent counts its own. So rank 0 draws a token for this start and hands it to the others.
