@@ -39,7 +39,8 @@ inline void multiply_block(MatrixUnits& units, int64_t rows, int64_t columns, in
   const int64_t parts = (inner + kNearInner - 1) / kNearInner, steps = inner / kTileInner;
   for (int64_t part = 0; part < parts; part++) {
     const int64_t first = part * steps / parts * kTileInner, last = (part + 1) * steps / parts * kTileInner;
-    units.multiply_panel(rows, columns, last - first, A + first, lda, B + first * kPanelColumns, kPanelColumns, sums, stride,
+    const BFloat16* from = A + first;
+    units.multiply_panel(rows, columns, last - first, &from, 1, lda, B + first * kPanelColumns, kPanelColumns, sums, stride,
                          accumulate || part > 0);
   }
 }

@@ -16,6 +16,7 @@ using at::Tensor;
 
 constexpr int64_t kPixelPad = 32;    // channels of a padded pixel are a multiple of this: whole cache lines and tiles
 constexpr int64_t kSmallPixel = 8;   // unless they are so few: images
+constexpr int64_t kShortRow = 192;   // up to so many elements all rows of a filter go in one product; longer ones are slower so
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
@@ -86,18 +87,22 @@ void finish_positions(const float* sums, int64_t first, int64_t count, const Str
 void convolve(MatrixUnits& units, const Stretch* stretches, const Target* targets, int64_t count, const Filter& filter) {
   alignas(64) float sums[kPanelRows * kPanelColumns];
   const int64_t some = std::max<int64_t>(1, kWeightBytes / (2 * filter.inner * kPanelColumns));
+  const int64_t together = filter.row_length <= kShortRow ? 3 : 1;
   for (int64_t first_block = 0; first_block < filter.blocks; first_block += some)
     for (int64_t s = 0; s < count; s++) {
       const Stretch& stretch = stretches[s];
       const int64_t positions = (stretch.lines - 1) * stretch.line + stretch.width;
-      for (int64_t first = 0; first < positions; first += kPanelRows)
+      for (int64_t first = 0; first < positions; first += kPanelRows) {
+        const int64_t at = first * stretch.step;
+        const BFloat16* rows[] = {stretch.rows[0] + at, stretch.rows[1] + at, stretch.rows[2] + at};
         for (int64_t block = first_block; block < std::min(first_block + some, filter.blocks); block++) {
           const int64_t column = block * kPanelColumns, columns = std::min(kPanelColumns, filter.columns_used - column);
-          for (int64_t row = 0; row < 3; row++)
-            multiply_block(units, kPanelRows, columns, filter.row_length, stretch.rows[row] + first * stretch.step,
-                           stretch.step, filter.at(block, row * filter.row_length), sums, kPanelColumns, row > 0);
+          for (int64_t row = 0; row < 3; row += together)
+            units.multiply_panel(kPanelRows, columns, filter.row_length, rows + row, together, stretch.step,
+                                 filter.at(block, row * filter.row_length), kPanelColumns, sums, kPanelColumns, row > 0);
           finish_positions(sums, first, std::min(kPanelRows, positions - first), stretch, filter, column, targets[s]);
         }
+      }
     }
 }
 
@@ -146,7 +151,15 @@ void copy_line(const Source& source, int64_t image, int64_t y, BFloat16* to, int
     std::memcpy(static_cast<void*>(to), from, source.width * pixel * sizeof(BFloat16));
     return;
   }
-  for (int64_t x = 0; x < source.width; x++)
+  int64_t x = 0;
+  if (source.channels == 3 && pixel >= 4)  // in one piece: the element behind the last is the next pixel's, and cleared
+    for (; x + 1 < source.width; x++) {
+      uint16_t values[4];
+      std::memcpy(values, from + x * source.pixel, sizeof values);
+      values[3] = 0;
+      std::memcpy(static_cast<void*>(to + x * pixel), values, sizeof values);
+    }
+  for (; x < source.width; x++)
     std::memcpy(static_cast<void*>(to + x * pixel), from + x * source.pixel, source.channels * sizeof(BFloat16));
 }
 

@@ -73,26 +73,33 @@ TILES INLINE void end(const Sums& s) {
 }
 
 struct Factors {
-  const char *A, *B;
+  const BFloat16* const* A;  // one for each part
+  int64_t parts;
+  const char* B;
   int64_t A_bytes, A_down, B_bytes;  // from row to row, from tile to tile, from pair to pair
-  int64_t depth, steps;              // inner elements of a step: at most kTileInner
+  int64_t depth, steps;              // inner elements of a step, at most kTileInner; steps of a part
 };
 
+// By reference: copied, the structures would be read in larger pieces than they were written, which waits for all stores.
 template <int kDown, int kAcross>
-TILES void multiply_tiles(Factors f, const Sums& sums, bool accumulate) {
+TILES void multiply_tiles(const Factors& f, const Sums& sums, bool accumulate) {
   begin<kDown, kAcross>(sums, accumulate);
-  for (int64_t step = 0; step < f.steps; step++, f.A += 2 * f.depth, f.B += f.depth / 2 * f.B_bytes) {
-    _tile_loadd(6, f.B, f.B_bytes);
-    _tile_loadd(4, f.A, f.A_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kAcross > 1) {
-      _tile_loadd(7, f.B + 64, f.B_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (kDown > 1) {
-      _tile_loadd(5, f.A + f.A_down, f.A_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kAcross > 1) _tile_dpbf16ps(3, 5, 7);
+  const char* B = f.B;
+  for (int64_t part = 0; part < f.parts; part++) {
+    const char* A = reinterpret_cast<const char*>(f.A[part]);
+    for (int64_t step = 0; step < f.steps; step++, A += 2 * f.depth, B += f.depth / 2 * f.B_bytes) {
+      _tile_loadd(6, B, f.B_bytes);
+      _tile_loadd(4, A, f.A_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kAcross > 1) {
+        _tile_loadd(7, B + 64, f.B_bytes);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (kDown > 1) {
+        _tile_loadd(5, A + f.A_down, f.A_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (kAcross > 1) _tile_dpbf16ps(3, 5, 7);
+      }
     }
   }
   end<kDown, kAcross>(sums);
@@ -139,12 +146,13 @@ void MatrixUnits::shape(int64_t rows, int64_t columns, int64_t inner) {
   rows_ = rows, columns_ = columns, inner_ = inner;
 }
 
-void MatrixUnits::multiply_panel(int64_t rows, int64_t columns, int64_t inner, const BFloat16* A, int64_t lda,
-                                 const BFloat16* B, int64_t ldb, float* sums, int64_t stride, bool accumulate) {
+void MatrixUnits::multiply_panel(int64_t rows, int64_t columns, int64_t inner, const BFloat16* const* A, int64_t parts,
+                                 int64_t lda, const BFloat16* B, int64_t ldb, float* sums, int64_t stride,
+                                 bool accumulate) {
   const int64_t tile_rows = rows / 2;
   shape(tile_rows, kColumns, kTileInner);
-  const Factors factors = {reinterpret_cast<const char*>(A), reinterpret_cast<const char*>(B), 2 * lda, 2 * lda * tile_rows,
-                           4 * ldb, kTileInner, inner / kTileInner};
+  const Factors factors = {A, parts, reinterpret_cast<const char*>(B), 2 * lda, 2 * lda * tile_rows, 4 * ldb, kTileInner,
+                           inner / kTileInner};
   const Sums to = {reinterpret_cast<char*>(sums), 4 * stride, 4 * stride * tile_rows};
   columns > kColumns ? multiply_tiles<2, 2>(factors, to, accumulate) : multiply_tiles<2, 1>(factors, to, accumulate);
 }
@@ -162,8 +170,8 @@ void MatrixUnits::multiply(int64_t rows, int64_t columns, int64_t inner, const B
         for (int64_t c = 0; c < column.count; c += 2)
           for (int64_t r = 0; r < row.count; r += 2) {
             const int64_t at_row = row.begin + r * row.size, at_column = column.begin + c * column.size;
-            const Factors factors = {reinterpret_cast<const char*>(A + at_row * lda + k.begin),
-                                     reinterpret_cast<const char*>(B + k.begin * ldb + 2 * at_column),
+            const BFloat16* from = A + at_row * lda + k.begin;
+            const Factors factors = {&from, 1, reinterpret_cast<const char*>(B + k.begin * ldb + 2 * at_column),
                                      2 * lda, 2 * lda * row.size, 4 * ldb, k.size, k.count};
             const Sums to = {reinterpret_cast<char*>(sums + at_row * stride + at_column), 4 * stride, 4 * stride * row.size};
             const bool high = row.count - r > 1, wide = column.count - c > 1, add_to = accumulate || k.begin > 0;

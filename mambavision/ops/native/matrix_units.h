@@ -36,9 +36,10 @@ class MatrixUnits {
                 int64_t ldb, float* sums, int64_t stride, bool accumulate = false);
 
   // The same for a panel, without any check of what is left over: rows are even and at most kPanelRows, columns are 16 or
-  // kPanelColumns, inner a multiple of kTileInner.
-  void multiply_panel(int64_t rows, int64_t columns, int64_t inner, const c10::BFloat16* A, int64_t lda,
-                      const c10::BFloat16* B, int64_t ldb, float* sums, int64_t stride, bool accumulate);
+  // kPanelColumns, inner a multiple of kTileInner. The inner dimension may come in parts of equal size that lie at A[0],
+  // A[1] and so on, and one after the other in B.
+  void multiply_panel(int64_t rows, int64_t columns, int64_t inner, const c10::BFloat16* const* A, int64_t parts,
+                      int64_t lda, const c10::BFloat16* B, int64_t ldb, float* sums, int64_t stride, bool accumulate);
 
  private:
   void shape(int64_t rows, int64_t columns, int64_t inner);

@@ -76,9 +76,13 @@ void finish(const float* sums, int64_t stride, int64_t rows, int64_t columns, co
 }
 
 INLINE Vec clear_from(Vec value, int live) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_mov_ps((__mmask16)first_lanes(live), (__m512)value);
+#else
   if (__builtin_expect(live < kLanes, 0))
     for (int lane = live; lane < kLanes; lane++) value[lane] = 0.0f;
   return value;
+#endif
 }
 
 constexpr int kChains = 4;  // sums at once, as each addition waits for the one before it
