@@ -154,10 +154,10 @@ void copy_line(const Source& source, int64_t image, int64_t y, BFloat16* to, int
   int64_t x = 0;
   if (source.channels == 3 && pixel >= 4)  // in one piece: the element behind the last is the next pixel's, and cleared
     for (; x + 1 < source.width; x++) {
-      uint16_t values[4];
-      std::memcpy(values, from + x * source.pixel, sizeof values);
-      values[3] = 0;
-      std::memcpy(static_cast<void*>(to + x * pixel), values, sizeof values);
+      uint64_t values;
+      std::memcpy(&values, from + x * source.pixel, sizeof values);
+      values &= 0xffffffffffff;
+      std::memcpy(static_cast<void*>(to + x * pixel), &values, sizeof values);
     }
   for (; x < source.width; x++)
     std::memcpy(static_cast<void*>(to + x * pixel), from + x * source.pixel, source.channels * sizeof(BFloat16));

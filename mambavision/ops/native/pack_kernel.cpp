@@ -25,8 +25,8 @@ INLINE Bits pair(Vec low, Vec high) {  // of T's values: what comes from bfloat1
   return (rounded_bits(low) >> 16) | (rounded_bits(high) & 0xffff0000u);
 }
 
-// rows 16 x 16 of uint32_t -> transposed.
-INLINE void transpose_tile(const uint32_t (&in)[16][16], uint32_t* out, int64_t stride) {
+// rows 16 x 16 of uint32_t -> transposed; only so many columns and rows (of the input) are there.
+INLINE void transpose_tile(const uint32_t (&in)[16][16], uint32_t* out, int64_t stride, int64_t columns, int64_t rows) {
 #if defined(__AVX512F__)
   __m512i a[16], b[16];
   for (int i = 0; i < 16; i++) a[i] = _mm512_load_si512(in[i]);
@@ -46,23 +46,20 @@ INLINE void transpose_tile(const uint32_t (&in)[16][16], uint32_t* out, int64_t 
     b[8 + i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
     b[12 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
   }
+  const __mmask16 live = (__mmask16)first_lanes(rows < 16 ? (int)rows : 16);
+  auto put = [&](int column, __m512i value) {
+    if (column < columns) _mm512_mask_storeu_epi32(out + column * stride, live, value);
+  };
   for (int i = 0; i < 4; i++) {
-    _mm512_storeu_si512(out + i * stride, _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88));
-    _mm512_storeu_si512(out + (8 + i) * stride, _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd));
-    _mm512_storeu_si512(out + (4 + i) * stride, _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88));
-    _mm512_storeu_si512(out + (12 + i) * stride, _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd));
+    put(i, _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88));
+    put(8 + i, _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd));
+    put(4 + i, _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88));
+    put(12 + i, _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd));
   }
 #else
-  for (int column = 0; column < 16; column++)
-    for (int row = 0; row < 16; row++) out[column * stride + row] = in[row][column];
-#endif
-}
-
-// The same where only `columns` x `rows` of the result exist.
-INLINE void transpose_tile(const uint32_t (&in)[16][16], uint32_t* out, int64_t stride, int64_t columns, int64_t rows) {
-  if (columns >= 16 && rows >= 16) return transpose_tile(in, out, stride);
   for (int column = 0; column < columns && column < 16; column++)
     for (int row = 0; row < rows && row < 16; row++) out[column * stride + row] = in[row][column];
+#endif
 }
 
 template <class T>
@@ -80,10 +77,7 @@ void pair_rows_of(const Matrix& in, uint32_t* out, int64_t out_stride, int64_t p
       const int live = live_lanes(in.columns, c);
       const Vec low = load(first + c, live), high = last ? Vec{} : load(second + c, live);
       const Bits both = pair<T>(low, high);
-      if (live == kLanes)
-        memcpy(to + c, &both, sizeof both);
-      else
-        for (int lane = 0; lane < live; lane++) to[c + lane] = both[lane];
+      store((float*)to + c, (Vec)both, live);
       if (sums) store(sums + c, load(sums + c, live) + low + high, live);
     }
     for (int64_t c = in.columns; c < padded; c++) to[c] = 0;
@@ -103,6 +97,12 @@ INLINE void copy_pairs(const T* from, int64_t elements, uint32_t (&to)[16]) {  /
     }
     return;
   }
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    const __mmask32 live = elements > 0 ? (1u << elements) - 1 : 0;
+    return _mm512_store_si512(to, _mm512_maskz_loadu_epi16(live, from));
+  }
+#endif
   for (int i = 0; i < 16; i++)
     to[i] = (2 * i < elements ? element_bits(from + 2 * i) : 0) |
             (2 * i + 1 < elements ? element_bits(from + 2 * i + 1) << 16 : 0);

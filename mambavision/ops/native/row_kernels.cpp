@@ -15,12 +15,13 @@ INLINE int live_lanes(int64_t columns, int64_t at) { return columns - at < kLane
 
 // GELU for a result that is rounded to bfloat16: absolute error below 3e-6, relative error below 3e-4 down to x = -3.
 INLINE Vec gelu_rough(Vec x, const GeluTable& table) {
-  const Vec distance = at_most(magnitude(x), GeluTable::kFar);
 #if defined(__AVX512F__)
+  const Vec distance = (Vec)_mm512_range_ps((__m512)x, _mm512_set1_ps(GeluTable::kFar), 0b1010);  // smaller magnitude, positive
   // A number so large that its last bits count the pieces.
   const __m512i piece = (__m512i)(distance * GeluTable::kPiecesPerUnit + 12582912.0f);
   auto coefficient = [&](int i) { return (Vec)_mm512_permutexvar_ps(piece, _mm512_loadu_ps(table.coefficient[i])); };
 #else
+  const Vec distance = at_most(magnitude(x), GeluTable::kFar);
   const Ints piece = __builtin_convertvector(distance * GeluTable::kPiecesPerUnit + 0.5f, Ints);
   auto coefficient = [&](int i) {
     Vec value;
@@ -87,35 +88,65 @@ INLINE Vec clear_from(Vec value, int live) {
 
 constexpr int kChains = 4;  // sums at once, as each addition waits for the one before it
 
-// Adds up of(vector's index) over so many vectors.
+// The sum of of(vector's index) over so many vectors, lane by lane.
 template <class Of>
-INLINE float sum_of(int64_t vectors, const Of& of) {
+INLINE Vec sum_of(int64_t vectors, const Of& of) {
   Vec sums[kChains] = {};
   int64_t i = 0;
   for (; i + kChains <= vectors; i += kChains)
 #pragma GCC unroll 4
     for (int k = 0; k < kChains; k++) sums[k] += of(i + k);
   for (; i < vectors; i++) sums[0] += of(i);
-  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
+
+struct Moments {
+  float mean, variance;
+};
+
+#if defined(__AVX512BF16__)
+// In one pass. What the difference of squares loses, (mean / deviation)^2 times float32's resolution, is less than bfloat16's
+// rounding of the inputs has cost.
+INLINE Moments moments_of(const bfloat16* from, int64_t columns) {
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  __m512 sums[2] = {}, squares[2] = {};
+  auto add = [&](__m512i values, int chain) {
+    sums[chain] = _mm512_dpbf16_ps(sums[chain], (__m512bh)values, ones);
+    squares[chain] = _mm512_dpbf16_ps(squares[chain], (__m512bh)values, (__m512bh)values);
+  };
+  int64_t c = 0;
+  for (; c + 64 <= columns; c += 64)
+    add(_mm512_loadu_si512(from + c), 0), add(_mm512_loadu_si512(from + c + 32), 1);
+  for (; c < columns; c += 32) {
+    const __mmask32 live = columns - c < 32 ? (1u << (columns - c)) - 1 : ~0u;
+    add(_mm512_maskz_loadu_epi16(live, from + c), 0);
+  }
+  const float mean = sum_lanes((Vec)(sums[0] + sums[1])) / columns;
+  const float variance = sum_lanes((Vec)(squares[0] + squares[1])) / columns - mean * mean;
+  return {mean, variance < 0.0f ? 0.0f : variance};  // a NaN stays
+}
+#else
+INLINE Moments moments_of(const bfloat16* from, int64_t columns) {
+  const int64_t whole = columns / kLanes;
+  const int rest = (int)(columns % kLanes);
+  const float mean = sum_lanes(sum_of(whole, [&](int64_t i) { return load(from + i * kLanes); }) +
+                               load(from + whole * kLanes, rest)) / columns;
+  auto squared = [&](Vec value) { return (value - mean) * (value - mean); };
+  const Vec squares = sum_of(whole, [&](int64_t i) { return squared(load(from + i * kLanes)); });
+  return {mean, sum_lanes(squares + clear_from(squared(load(from + whole * kLanes, rest)), rest)) / columns};
+}
+#endif
 
 void layer_norm(const void* x, int64_t x_stride, int64_t rows, int64_t columns, const float* weight, const float* bias,
                 float eps, void* out, int64_t out_stride) {
-  const float share = 1.0f / columns;
-  const int64_t vectors = (columns + kLanes - 1) / kLanes;
   for (int64_t r = 0; r < rows; r++) {
     const bfloat16* from = (const bfloat16*)x + r * x_stride;
     bfloat16* to = (bfloat16*)out + r * out_stride;
-    const auto at = [&](int64_t i) { return load(from + i * kLanes, live_lanes(columns, i * kLanes)); };
-    const float mean = share * sum_of(vectors, at);
-    const float variance = share * sum_of(vectors, [&](int64_t i) {
-      const Vec centred = clear_from(at(i) - mean, live_lanes(columns, i * kLanes));
-      return centred * centred;
-    });
-    const float scale = 1.0f / __builtin_sqrtf(variance + eps);
+    const Moments moments = moments_of(from, columns);
+    const float scale = 1.0f / __builtin_sqrtf(moments.variance + eps), offset = -moments.mean * scale;
     for (int64_t c = 0; c < columns; c += kLanes) {
       const int live = live_lanes(columns, c);
-      const Vec normalised = (load(from + c, live) - mean) * scale;
+      const Vec normalised = load(from + c, live) * scale + offset;
       store(to + c, normalised * load(weight + c, live) + load(bias + c, live), live);
     }
   }
@@ -123,7 +154,7 @@ void layer_norm(const void* x, int64_t x_stride, int64_t rows, int64_t columns, 
 
 void softmax(const float* scores, int64_t stride, int64_t rows, int64_t columns, int64_t padded, float scale, void* out,
              int64_t out_stride, float* inverse_sums) {
-  const int64_t vectors = (columns + kLanes - 1) / kLanes;
+  const int64_t vectors = (columns + kLanes - 1) / kLanes, whole = columns / kLanes;
   for (int64_t r = 0; r < rows; r++) {
     const float* row = scores + r * stride;
     bfloat16* to = (bfloat16*)out + r * out_stride;
@@ -136,12 +167,20 @@ void softmax(const float* scores, int64_t stride, int64_t rows, int64_t columns,
     }
     if (i < vectors) most = larger(load(row + i * kLanes), most);
     const float factor = scale * kLog2E, offset = largest_lane(larger(other, most)) * factor;
-    inverse_sums[r] = 1.0f / sum_of(vectors, [&](int64_t at) {  // a NaN of the row is in it
-      Vec power = exp2_product_rough(at_least(load(row + at * kLanes) * factor - offset, -kExponentLimit), splat(1.0f));
-      power = clear_from(power, live_lanes(columns, at * kLanes));
+    auto power_at = [&](int64_t at) {
+      return exp2_product_rough(at_least(load(row + at * kLanes) * factor - offset, -kExponentLimit), splat(1.0f));
+    };
+    Vec sum = sum_of(whole, [&](int64_t at) {
+      const Vec power = power_at(at);
       store(to + at * kLanes, power);
       return power;
     });
+    if (whole < vectors) {
+      const Vec power = clear_from(power_at(whole), (int)(columns % kLanes));
+      store(to + whole * kLanes, power);
+      sum += power;
+    }
+    inverse_sums[r] = 1.0f / sum_lanes(sum);  // a NaN of the row is in it
     for (int64_t c = vectors * kLanes; c < padded; c += kLanes) store(to + c, Vec{});
   }
 }

@@ -15,6 +15,7 @@
 
 #include "depthwise_conv_kernel.h"
 #include "isa.h"
+#include "pack_kernel.h"
 #include "scan_kernel.h"
 #include "scratch.h"
 
@@ -31,6 +32,7 @@ int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 const RowKernels& row_kernels() { return ISA_TABLE(row_kernels); }
+const PackKernels& pack_kernels() { return ISA_TABLE(pack_kernels); }
 
 const float* floats(const Tensor& tensor) {
   TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous(), "expected contiguous float32");
@@ -131,26 +133,19 @@ void pack_queries(const BFloat16* queries, int64_t stride, int64_t tokens, int64
 }
 
 // One head's keys as the right factor of queries x keys^T, in blocks of tokens: (blocks, inner / 2, kPanelColumns, 2).
-// Padding is left alone.
+// Padding of the inner dimension is left alone.
 void pack_keys(const BFloat16* keys, int64_t stride, int64_t tokens, int64_t width, int64_t inner, BFloat16* packed) {
-  for (int64_t t = 0; t < tokens; t++) {
-    BFloat16* to = packed + t / kPanelColumns * inner * kPanelColumns + t % kPanelColumns * 2;
-    for (int64_t c = 0; c < width; c += 2)
-      std::memcpy(to + c * kPanelColumns, keys + t * stride + c, 2 * sizeof(BFloat16));
-  }
+  for (int64_t t = 0; t < tokens; t += kPanelColumns)
+    pack_kernels().pair_columns({keys + t * stride, true, std::min(kPanelColumns, tokens - t), width, stride},
+                                reinterpret_cast<uint32_t*>(packed + t * inner), kPanelColumns, kPanelColumns);
 }
 
 // One head's values as the right factor of weights x values, in blocks of columns: (blocks, padded tokens / 2, kPanelColumns,
-// 2); padding is left alone.
+// 2); padding of tokens is left alone.
 void pack_values(const BFloat16* values, int64_t stride, int64_t tokens, int64_t width, int64_t padded, BFloat16* packed) {
-  static const uint16_t zeros[kPanelColumns] = {};
-  for (int64_t t = 0; t < tokens; t += 2)
-    for (int64_t column = 0; column < width; column += kPanelColumns) {
-      const uint16_t* even = reinterpret_cast<const uint16_t*>(values + t * stride + column);
-      const uint16_t* odd = t + 1 < tokens ? even + stride : zeros;
-      uint16_t* to = reinterpret_cast<uint16_t*>(packed + column * padded + t * kPanelColumns);
-      for (int64_t c = 0; c < std::min(kPanelColumns, width - column); c++) to[2 * c] = even[c], to[2 * c + 1] = odd[c];
-    }
+  for (int64_t c = 0; c < width; c += kPanelColumns)
+    pack_kernels().pair_rows({values + c, true, tokens, std::min(kPanelColumns, width - c), stride},
+                             reinterpret_cast<uint32_t*>(packed + c * padded), kPanelColumns, kPanelColumns, nullptr);
 }
 
 Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps, const Tensor& qkv_in,
