@@ -43,16 +43,31 @@ INLINE Vec activate(Vec x) {
 
 template <Activation kActivation, bool kScale, bool kResidual>
 void finish_rows(const float* sums, int64_t stride, int64_t rows, int64_t columns, const Finish& f) {
-  for (int64_t c = 0; c < columns; c += kLanes) {
+  const int64_t out_stride = f.out_stride, residual_stride = f.residual_stride;
+  auto result = [&](Vec sum, Vec bias, int64_t r) {
+    return activate<kActivation>(kScale ? sum * f.row_scale[r] + bias : sum + bias);
+  };
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= columns; c += 2 * kLanes) {
+    const Vec first_bias = f.bias ? load(f.bias + c) : Vec{}, second_bias = f.bias ? load(f.bias + c + kLanes) : Vec{};
+    const bfloat16* residual = (const bfloat16*)f.residual + c;
+    bfloat16* out = (bfloat16*)f.out + c;
+    for (int64_t r = 0; r < rows; r++) {
+      Vec first = result(load(sums + r * stride + c), first_bias, r);
+      Vec second = result(load(sums + r * stride + c + kLanes), second_bias, r);
+      if (kResidual) first += load(residual + r * residual_stride), second += load(residual + r * residual_stride + kLanes);
+      store(out + r * out_stride, first, second);
+    }
+  }
+  for (; c < columns; c += kLanes) {
     const int live = live_lanes(columns, c);
     const Vec bias = f.bias ? load(f.bias + c, live) : Vec{};
     const bfloat16* residual = (const bfloat16*)f.residual + c;
     bfloat16* out = (bfloat16*)f.out + c;
     for (int64_t r = 0; r < rows; r++) {
-      Vec value = load(sums + r * stride + c, live);
-      value = activate<kActivation>(kScale ? value * f.row_scale[r] + bias : value + bias);
-      if (kResidual) value += load(residual + r * f.residual_stride, live);
-      store(out + r * f.out_stride, value, live);
+      Vec value = result(load(sums + r * stride + c, live), bias, r);
+      if (kResidual) value += load(residual + r * residual_stride, live);
+      store(out + r * out_stride, value, live);
     }
   }
 }
@@ -144,10 +159,14 @@ void layer_norm(const void* x, int64_t x_stride, int64_t rows, int64_t columns, 
     bfloat16* to = (bfloat16*)out + r * out_stride;
     const Moments moments = moments_of(from, columns);
     const float scale = 1.0f / __builtin_sqrtf(moments.variance + eps), offset = -moments.mean * scale;
-    for (int64_t c = 0; c < columns; c += kLanes) {
+    auto result = [&](int64_t c, int live) {
+      return (load(from + c, live) * scale + offset) * load(weight + c, live) + load(bias + c, live);
+    };
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= columns; c += 2 * kLanes) store(to + c, result(c, kLanes), result(c + kLanes, kLanes));
+    for (; c < columns; c += kLanes) {
       const int live = live_lanes(columns, c);
-      const Vec normalised = load(from + c, live) * scale + offset;
-      store(to + c, normalised * load(weight + c, live) + load(bias + c, live), live);
+      store(to + c, result(c, live), live);
     }
   }
 }
@@ -170,17 +189,18 @@ void softmax(const float* scores, int64_t stride, int64_t rows, int64_t columns,
     auto power_at = [&](int64_t at) {
       return exp2_product_rough(at_least(load(row + at * kLanes) * factor - offset, -kExponentLimit), splat(1.0f));
     };
-    Vec sum = sum_of(whole, [&](int64_t at) {
-      const Vec power = power_at(at);
-      store(to + at * kLanes, power);
-      return power;
-    });
-    if (whole < vectors) {
-      const Vec power = clear_from(power_at(whole), (int)(columns % kLanes));
-      store(to + whole * kLanes, power);
+    Vec sum = {}, other_sum = {};
+    for (i = 0; i + 2 <= whole; i += 2) {
+      const Vec power = power_at(i), other_power = power_at(i + 1);
+      store(to + i * kLanes, power, other_power);
+      sum += power, other_sum += other_power;
+    }
+    for (; i < vectors; i++) {
+      const Vec power = clear_from(power_at(i), live_lanes(columns, i * kLanes));
+      store(to + i * kLanes, power);
       sum += power;
     }
-    inverse_sums[r] = 1.0f / sum_lanes(sum);  // a NaN of the row is in it
+    inverse_sums[r] = 1.0f / sum_lanes(sum + other_sum);  // a NaN of the row is in it
     for (int64_t c = vectors * kLanes; c < padded; c += kLanes) store(to + c, Vec{});
   }
 }

@@ -67,6 +67,14 @@ INLINE void store(bfloat16* to, Vec value) {
   memcpy(to, &halves, sizeof halves);
 }
 
+INLINE void store(bfloat16* to, Vec first, Vec second) {  // one after the other
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+  store(to, first), store(to + kLanes, second);
+#endif
+}
+
 // The first `count` lanes only, zeros in the others: the last block of channels.
 #if defined(__AVX512F__)
 INLINE uint32_t first_lanes(int count) { return count >= kLanes ? 0xffffu : (1u << count) - 1; }
