@@ -60,6 +60,7 @@ SOURCES = (
     Source("attention_kernel.cpp", per_isa=True),
     Source("norm_kernel.cpp", per_isa=True),
     Source("row_kernels.cpp", per_isa=True),
+    Source("panel_kernel.cpp", per_isa=True),
     Source("optimizer_kernel.cpp", per_isa=True),
 )
 

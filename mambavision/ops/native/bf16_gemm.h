@@ -1,4 +1,4 @@
-// Products of bfloat16 rows with packed weights, summed in float32, and what is done with the sums while they are near.
+// Products of bfloat16 rows with packed weights, summed in float32.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "matrix_units.h"
-#include "row_kernels.h"
 
 namespace mambavision {
 
@@ -31,27 +30,28 @@ struct PackedWeight {
 
 constexpr int64_t kNearInner = 512;  // elements of the inner dimension at once: a panel's part of them stays near
 
-// sums (rows, columns; stride apart) = or += A x a block of a packed weight; rows and columns as multiply_panel wants them.
+// Calls multiply(product) for parts of the inner dimension, one after the other.
+template <class Multiply>
+void in_parts(PanelProduct product, const BFloat16* A, const Multiply& multiply) {
+  const BFloat16* B = static_cast<const BFloat16*>(product.B);
+  const int64_t parts = (product.inner + kNearInner - 1) / kNearInner, steps = product.inner / kTileInner;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = part * steps / parts * kTileInner, last = (part + 1) * steps / parts * kTileInner;
+    const void* from = A + first;
+    product.A = &from, product.parts = 1, product.inner = last - first;
+    product.B = B + first * product.ldb;
+    multiply(product);
+    product.accumulate = true;
+  }
+}
+
+// sums (rows, columns; stride apart) = or += A x a block of a packed weight. Columns are 16 or kPanelColumns.
 inline void multiply_block(MatrixUnits& units, int64_t rows, int64_t columns, int64_t inner, const BFloat16* A, int64_t lda,
                            const BFloat16* B, float* sums, int64_t stride, bool accumulate = false) {
   if (inner % kTileInner || rows % 2)
     return units.multiply(rows, columns, inner, A, lda, B, kPanelColumns, sums, stride, accumulate);
-  const int64_t parts = (inner + kNearInner - 1) / kNearInner, steps = inner / kTileInner;
-  for (int64_t part = 0; part < parts; part++) {
-    const int64_t first = part * steps / parts * kTileInner, last = (part + 1) * steps / parts * kTileInner;
-    const BFloat16* from = A + first;
-    units.multiply_panel(rows, columns, last - first, &from, 1, lda, B + first * kPanelColumns, kPanelColumns, sums, stride,
-                         accumulate || part > 0);
-  }
-}
-
-// What becomes of the part of the sums that starts there.
-inline Finish part_at(Finish finish, int64_t row, int64_t column) {
-  if (finish.bias) finish.bias += column;
-  if (finish.residual)
-    finish.residual = static_cast<const BFloat16*>(finish.residual) + row * finish.residual_stride + column;
-  finish.out = static_cast<BFloat16*>(finish.out) + row * finish.out_stride + column;
-  return finish;
+  in_parts({rows, columns, inner, nullptr, 1, lda, B, kPanelColumns, sums, stride, accumulate}, A,
+           [&](const PanelProduct& product) { units.multiply_panel(product); });
 }
 
 constexpr int64_t kWeightBytes = 640 << 10;  // of a weight that stay in the second-level cache while rows go by
@@ -66,18 +66,6 @@ void multiply_blocks(MatrixUnits& units, int64_t rows, const BFloat16* A, int64_
     multiply_block(units, rows, live, weight.inner, A, lda, weight.at(block), sums, kPanelColumns);
     done(column, live, sums);
   }
-}
-
-// out (rows, columns) = finish(A x weight). Rows of A up to a whole panel are read, so they must be there.
-inline void linear(MatrixUnits& units, int64_t rows, const BFloat16* A, int64_t lda, const PackedWeight& weight,
-                   int64_t columns, const RowKernels& kernels, const Finish& finish) {
-  const int64_t some = std::max<int64_t>(1, kWeightBytes / (2 * weight.inner * kPanelColumns)), height = panel_rows(rows);
-  for (int64_t first = 0; first < weight.blocks; first += some)
-    for (int64_t row = 0; row < rows; row += height)
-      multiply_blocks(units, height, A + row * lda, lda, weight, first, std::min(first + some, weight.blocks), columns,
-                      [&](int64_t column, int64_t live, const float* sums) {
-                        kernels.finish(sums, kPanelColumns, std::min(height, rows - row), live, part_at(finish, row, column));
-                      });
 }
 
 }  // namespace mambavision

@@ -5,8 +5,6 @@
 // takes a few rows of an image through all steps while they lie in the second-level cache; sums are float32.
 #include <torch/library.h>
 
-#include "bf16_gemm.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -53,7 +51,7 @@ struct ConvBlock {
 
   // Output lines [begin, end) of an image, to `out` where the image's output starts.
   void run(int64_t image, BFloat16* out, int64_t begin, int64_t end, BFloat16* input, BFloat16* middle,
-           MatrixUnits& units) const {
+           PanelPipeline& pipeline) const {
     const int64_t height = source.height, width = source.width, channels = first.channels, pixel = first.pixel;
     for (int64_t y = begin; y < end; y += band) {
       const int64_t lines = std::min(band, end - y), kept = y == begin ? 0 : 2;
@@ -70,10 +68,10 @@ struct ConvBlock {
       const int64_t from = std::max(y - 1 + kept, int64_t{0}), to = std::min(y + lines + 1, height);
       if (from < to) {
         const BFloat16* top = input + (from + 1 - y) * line();
-        convolve(units, {{top, top + line(), top + 2 * line()}, pixel, width + 2, width, to - from}, first,
+        convolve(pipeline, {{top, top + line(), top + 2 * line()}, pixel, width + 2, width, to - from}, first,
                  {middle + (from + 1 - y) * line() + pixel, line(), pixel, Activation::gelu_tanh});
       }
-      convolve(units, {{middle, middle + line(), middle + 2 * line()}, pixel, width + 2, width, lines}, second,
+      convolve(pipeline, {{middle, middle + line(), middle + 2 * line()}, pixel, width + 2, width, lines}, second,
                {out + y * width * channels, width * channels, channels, Activation::none, input + 2 * line() + pixel,
                 line(), pixel});
     }
@@ -96,6 +94,7 @@ Tensor conv_block_inference(const Tensor& x_in, const Tensor& first_in, const Te
   const ConvBlock block{source, first, second, divide_up(part, bands)};
   at::parallel_for(0, images * parts, 1, [&](int64_t begin, int64_t end) {
     MatrixUnits units;
+    PanelPipeline pipeline(units);
     Scratch scratch;
     BFloat16 *input, *middle;
     const int64_t input_size = (block.band + 4) * line + slack(first.pixel);
@@ -105,7 +104,7 @@ Tensor conv_block_inference(const Tensor& x_in, const Tensor& first_in, const Te
     std::memset(static_cast<void*>(middle), 0, middle_size * sizeof(BFloat16));
     for (int64_t task = begin; task < end; task++) {
       const int64_t image = task / parts, top = task % parts * part;
-      block.run(image, to + image * height * width * channels, top, std::min(top + part, height), input, middle, units);
+      block.run(image, to + image * height * width * channels, top, std::min(top + part, height), input, middle, pipeline);
     }
   });
   return y;
@@ -159,6 +158,7 @@ Tensor conv_inference(const Tensor& x_in, const Tensor& filter_in, const Tensor&
   const int64_t group = std::clamp<int64_t>(kBandBytes / (conv.band * line_bytes), 1, std::max(share, int64_t{1}));
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     MatrixUnits units;
+    PanelPipeline pipeline(units);
     Scratch scratch;
     BFloat16* maps;
     const int64_t size = stride * conv.half();
@@ -173,7 +173,7 @@ Tensor conv_inference(const Tensor& x_in, const Tensor& filter_in, const Tensor&
         stretches[i] = conv.prepare(image, top, std::min(conv.band, height - top), maps + i * size);
         targets[i] = {to + (image * height + top) * width * columns, width * columns, columns, conv.activation};
       }
-      convolve(units, stretches.data(), targets.data(), count, filter);
+      convolve(pipeline, stretches.data(), targets.data(), count, filter);
     }
   });
   return y;

@@ -6,8 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "bf16_gemm.h"
-#include "isa.h"
+#include "panel_pipeline.h"
 
 namespace mambavision {
 namespace {
@@ -20,8 +19,6 @@ constexpr int64_t kShortRow = 192;   // up to so many elements all rows of a fil
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
-const RowKernels& row_kernels() { return ISA_TABLE(row_kernels); }
 
 int64_t padded_pixel(int64_t channels) {
   return channels <= kSmallPixel ? kSmallPixel : round_up(channels, kPixelPad);
@@ -63,51 +60,50 @@ struct Target {
   int64_t residual_line = 0, residual_pixel = 0;
 };
 
-void finish_positions(const float* sums, int64_t first, int64_t count, const Stretch& stretch, const Filter& filter,
-                      int64_t column, const Target& target) {
-  Finish finish;
-  finish.activation = target.activation;
-  finish.bias = filter.bias + column;
-  finish.out_stride = target.pixel, finish.residual_stride = target.residual_pixel;
-  const int64_t columns = std::min(kPanelColumns, filter.columns_used - column);
-  for (int64_t y = first / stretch.line; y * stretch.line < first + count && y < stretch.lines; y++) {
-    const int64_t from = std::max(first - y * stretch.line, int64_t{0});
-    const int64_t to = std::min(first + count - y * stretch.line, stretch.width);
-    if (from >= to) continue;
-    finish.out = target.out + y * target.line + from * target.pixel + column;
-    if (target.residual)
-      finish.residual = target.residual + y * target.residual_line + from * target.residual_pixel + column;
-    const float* line = sums + (y * stretch.line + from - first) * kPanelColumns;
-    row_kernels().finish(line, kPanelColumns, to - from, columns, finish);
-  }
+// The rows of a panel that starts at this position: only positions inside a line count.
+void keep_positions(PanelRows& rows, const Stretch& stretch, int64_t first, const Target& target) {
+  int64_t y = first / stretch.line, x = first % stretch.line, count = 0;
+  for (int64_t row = 0; row < kPanelRows && y < stretch.lines; y++, x = 0)
+    for (; row < kPanelRows && x < stretch.line; row++, x++) {
+      if (x >= stretch.width) continue;
+      rows.row[count] = row;
+      rows.out[count] = y * target.line + x * target.pixel;
+      rows.residual[count++] = y * target.residual_line + x * target.residual_pixel;
+    }
+  rows.count = count;
 }
 
 // Positions beyond the last line are computed up to a whole panel and dropped; for them `slack` elements follow each map.
 // Several stretches share some blocks of columns while these are in the cache.
-void convolve(MatrixUnits& units, const Stretch* stretches, const Target* targets, int64_t count, const Filter& filter) {
-  alignas(64) float sums[kPanelRows * kPanelColumns];
+void convolve(PanelPipeline& pipeline, const Stretch* stretches, const Target* targets, int64_t count, const Filter& filter) {
   const int64_t some = std::max<int64_t>(1, kWeightBytes / (2 * filter.inner * kPanelColumns));
   const int64_t together = filter.row_length <= kShortRow ? 3 : 1;
   for (int64_t first_block = 0; first_block < filter.blocks; first_block += some)
     for (int64_t s = 0; s < count; s++) {
       const Stretch& stretch = stretches[s];
+      const Target& target = targets[s];
+      const Finish finish = target.residual ? added_to(target.residual, target.out, filter.bias)
+                                            : into(target.out, filter.bias, target.activation);
       const int64_t positions = (stretch.lines - 1) * stretch.line + stretch.width;
       for (int64_t first = 0; first < positions; first += kPanelRows) {
+        keep_positions(pipeline.next_rows(), stretch, first, target);
         const int64_t at = first * stretch.step;
-        const BFloat16* rows[] = {stretch.rows[0] + at, stretch.rows[1] + at, stretch.rows[2] + at};
+        const void* rows[] = {stretch.rows[0] + at, stretch.rows[1] + at, stretch.rows[2] + at};
         for (int64_t block = first_block; block < std::min(first_block + some, filter.blocks); block++) {
           const int64_t column = block * kPanelColumns, columns = std::min(kPanelColumns, filter.columns_used - column);
           for (int64_t row = 0; row < 3; row += together)
-            units.multiply_panel(kPanelRows, columns, filter.row_length, rows + row, together, stretch.step,
-                                 filter.at(block, row * filter.row_length), kPanelColumns, sums, kPanelColumns, row > 0);
-          finish_positions(sums, first, std::min(kPanelRows, positions - first), stretch, filter, column, targets[s]);
+            pipeline.multiply({kPanelRows, columns, filter.row_length, rows + row, together, stretch.step,
+                               filter.at(block, row * filter.row_length), kPanelColumns, pipeline.sums(), kPanelColumns,
+                               row > 0});
+          pipeline.finish_later(pipeline.sums(), columns, part_at(finish, 0, column, 0));
         }
       }
     }
+  pipeline.flush();
 }
 
-void convolve(MatrixUnits& units, const Stretch& stretch, const Filter& filter, const Target& target) {
-  convolve(units, &stretch, &target, 1, filter);
+void convolve(PanelPipeline& pipeline, const Stretch& stretch, const Filter& filter, const Target& target) {
+  convolve(pipeline, &stretch, &target, 1, filter);
 }
 
 int64_t slack(int64_t pixel) { return 2 * (kPanelRows + 3) * pixel + kPixelPad; }

@@ -5,13 +5,12 @@
 
 #include <cstdint>
 
+#include "panel_kernel.h"
+
 namespace mambavision {
 
 // Whether this processor has them, the operating system lets us use them and this library was built for them.
 bool matrix_units_available();
-
-constexpr int64_t kPanelRows = 32, kPanelColumns = 32;  // of sums at once: two tiles down, two across
-constexpr int64_t kTileInner = 32;                      // elements that one instruction sums
 
 // How to cut rows into panels of equal height, at most kPanelRows: no panel is mostly empty. The last one may reach beyond
 // the end, so buffers have room for kPanelRows more.
@@ -35,11 +34,8 @@ class MatrixUnits {
   void multiply(int64_t rows, int64_t columns, int64_t inner, const c10::BFloat16* A, int64_t lda, const c10::BFloat16* B,
                 int64_t ldb, float* sums, int64_t stride, bool accumulate = false);
 
-  // The same for a panel, without any check of what is left over: rows are even and at most kPanelRows, columns are 16 or
-  // kPanelColumns, inner a multiple of kTileInner. The inner dimension may come in parts of equal size that lie at A[0],
-  // A[1] and so on, and one after the other in B.
-  void multiply_panel(int64_t rows, int64_t columns, int64_t inner, const c10::BFloat16* const* A, int64_t parts,
-                      int64_t lda, const c10::BFloat16* B, int64_t ldb, float* sums, int64_t stride, bool accumulate);
+  // The same for a panel, without any check of what is left over, and while finishing what waits, if anything does.
+  void multiply_panel(const PanelProduct& product, const WaitingBlock* waiting = nullptr);
 
  private:
   void shape(int64_t rows, int64_t columns, int64_t inner);

@@ -1,95 +1,12 @@
-// Epilogues, layer normalisation and softmax over rows of bfloat16 and float32, for one instruction set.
+// Layer normalisation and softmax over rows of bfloat16 and float32, for one instruction set.
 #include "row_kernels.h"
 
-#include "gelu_table.h"
 #include "isa.h"
 #include "simd.h"
 
 namespace {
 
-using mambavision::Activation;
-using mambavision::Finish;
-using mambavision::GeluTable;
-
 INLINE int live_lanes(int64_t columns, int64_t at) { return columns - at < kLanes ? (int)(columns - at) : kLanes; }
-
-// GELU for a result that is rounded to bfloat16: absolute error below 3e-6, relative error below 3e-4 down to x = -3.
-INLINE Vec gelu_rough(Vec x, const GeluTable& table) {
-#if defined(__AVX512F__)
-  const Vec distance = (Vec)_mm512_range_ps((__m512)x, _mm512_set1_ps(GeluTable::kFar), 0b1010);  // smaller magnitude, positive
-  // A number so large that its last bits count the pieces.
-  const __m512i piece = (__m512i)(distance * GeluTable::kPiecesPerUnit + 12582912.0f);
-  auto coefficient = [&](int i) { return (Vec)_mm512_permutexvar_ps(piece, _mm512_loadu_ps(table.coefficient[i])); };
-#else
-  const Vec distance = at_most(magnitude(x), GeluTable::kFar);
-  const Ints piece = __builtin_convertvector(distance * GeluTable::kPiecesPerUnit + 0.5f, Ints);
-  auto coefficient = [&](int i) {
-    Vec value;
-    for (int lane = 0; lane < kLanes; lane++) value[lane] = table.coefficient[i][piece[lane] & (GeluTable::kPieces - 1)];
-    return value;
-  };
-#endif
-  const Vec tail = coefficient(0) + distance * (coefficient(1) + distance * (coefficient(2) + distance * coefficient(3)));
-  return at_least(x, 0.0f) - distance * tail;
-}
-
-template <Activation kActivation>
-INLINE Vec activate(Vec x) {
-  if (kActivation == Activation::relu) return at_least(x, 0.0f);
-  if (kActivation == Activation::gelu) return gelu_rough(x, mambavision::kGeluExactTable);
-  if (kActivation == Activation::gelu_tanh) return gelu_rough(x, mambavision::kGeluTanhTable);
-  return x;
-}
-
-template <Activation kActivation, bool kScale, bool kResidual>
-void finish_rows(const float* sums, int64_t stride, int64_t rows, int64_t columns, const Finish& f) {
-  const int64_t out_stride = f.out_stride, residual_stride = f.residual_stride;
-  auto result = [&](Vec sum, Vec bias, int64_t r) {
-    return activate<kActivation>(kScale ? sum * f.row_scale[r] + bias : sum + bias);
-  };
-  int64_t c = 0;
-  for (; c + 2 * kLanes <= columns; c += 2 * kLanes) {
-    const Vec first_bias = f.bias ? load(f.bias + c) : Vec{}, second_bias = f.bias ? load(f.bias + c + kLanes) : Vec{};
-    const bfloat16* residual = (const bfloat16*)f.residual + c;
-    bfloat16* out = (bfloat16*)f.out + c;
-    for (int64_t r = 0; r < rows; r++) {
-      Vec first = result(load(sums + r * stride + c), first_bias, r);
-      Vec second = result(load(sums + r * stride + c + kLanes), second_bias, r);
-      if (kResidual) first += load(residual + r * residual_stride), second += load(residual + r * residual_stride + kLanes);
-      store(out + r * out_stride, first, second);
-    }
-  }
-  for (; c < columns; c += kLanes) {
-    const int live = live_lanes(columns, c);
-    const Vec bias = f.bias ? load(f.bias + c, live) : Vec{};
-    const bfloat16* residual = (const bfloat16*)f.residual + c;
-    bfloat16* out = (bfloat16*)f.out + c;
-    for (int64_t r = 0; r < rows; r++) {
-      Vec value = result(load(sums + r * stride + c, live), bias, r);
-      if (kResidual) value += load(residual + r * residual_stride, live);
-      store(out + r * out_stride, value, live);
-    }
-  }
-}
-
-template <Activation kActivation>
-void finish_any(const float* sums, int64_t stride, int64_t rows, int64_t columns, const Finish& f) {
-  if (f.row_scale)
-    f.residual ? finish_rows<kActivation, true, true>(sums, stride, rows, columns, f)
-               : finish_rows<kActivation, true, false>(sums, stride, rows, columns, f);
-  else
-    f.residual ? finish_rows<kActivation, false, true>(sums, stride, rows, columns, f)
-               : finish_rows<kActivation, false, false>(sums, stride, rows, columns, f);
-}
-
-void finish(const float* sums, int64_t stride, int64_t rows, int64_t columns, const Finish& f) {
-  switch (f.activation) {
-    case Activation::none: return finish_any<Activation::none>(sums, stride, rows, columns, f);
-    case Activation::relu: return finish_any<Activation::relu>(sums, stride, rows, columns, f);
-    case Activation::gelu: return finish_any<Activation::gelu>(sums, stride, rows, columns, f);
-    case Activation::gelu_tanh: return finish_any<Activation::gelu_tanh>(sums, stride, rows, columns, f);
-  }
-}
 
 INLINE Vec clear_from(Vec value, int live) {
 #if defined(__AVX512F__)
@@ -210,6 +127,6 @@ void softmax(const float* scores, int64_t stride, int64_t rows, int64_t columns,
 namespace mambavision {
 
 extern const RowKernels ISA_SYMBOL(row_kernels);
-const RowKernels ISA_SYMBOL(row_kernels) = {finish, layer_norm, softmax};
+const RowKernels ISA_SYMBOL(row_kernels) = {layer_norm, softmax};
 
 }  // namespace mambavision

@@ -7,21 +7,7 @@
 
 namespace mambavision {
 
-enum class Activation { none, relu, gelu, gelu_tanh };
-
-// What becomes of a block of a product's sums: out = activation(row_scale * sums + bias) + residual, as bfloat16.
-struct Finish {
-  const float* bias = nullptr;       // one a column
-  const float* row_scale = nullptr;  // one a row
-  Activation activation = Activation::none;
-  const void* residual = nullptr;  // bfloat16
-  int64_t residual_stride = 0;     // strides in elements, from row to row
-  void* out = nullptr;             // bfloat16
-  int64_t out_stride = 0;
-};
-
 struct RowKernels {
-  void (*finish)(const float* sums, int64_t stride, int64_t rows, int64_t columns, const Finish& finish);
   // Rows of `columns` bfloat16 from x (rows x_stride apart) to out (out_stride apart).
   void (*layer_norm)(const void* x, int64_t x_stride, int64_t rows, int64_t columns, const float* weight,
                      const float* bias, float eps, void* out, int64_t out_stride);

@@ -4,7 +4,7 @@
 // is read from memory and only the result written. Products are summed in float32. Layer scales are in the weights.
 #include <torch/library.h>
 
-#include "bf16_gemm.h"
+#include "panel_pipeline.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
@@ -16,6 +16,7 @@
 #include "depthwise_conv_kernel.h"
 #include "isa.h"
 #include "pack_kernel.h"
+#include "row_kernels.h"
 #include "scan_kernel.h"
 #include "scratch.h"
 
@@ -61,18 +62,6 @@ struct Norm {  // weight and bias, (2, C)
   }
 };
 
-Finish into(BFloat16* out, int64_t stride, const float* bias = nullptr) {
-  Finish finish;
-  finish.bias = bias, finish.out = out, finish.out_stride = stride;
-  return finish;
-}
-
-Finish added_to(const BFloat16* residual, BFloat16* out, int64_t stride, const float* bias = nullptr) {
-  Finish finish = into(out, stride, bias);
-  finish.residual = residual, finish.residual_stride = stride;
-  return finish;
-}
-
 // Short windows go together, so that a weight that was fetched serves enough rows; but every thread gets some.
 int64_t windows_at_once(int64_t windows, int64_t tokens) {
   return std::max<int64_t>(1, std::min(kGroupRows / tokens, windows / at::get_num_threads()));
@@ -92,6 +81,7 @@ Tensor mlp_inference(const Tensor& x_in, const Tensor& norm_in, double eps, cons
   const int64_t chunk = std::min(kMlpColumns, hidden), stride = row_stride(channels);
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     MatrixUnits units;
+    PanelPipeline pipeline(units);
     const int64_t most = divide_up(rows, tiles) + kPanelRows;
     Scratch scratch;
     BFloat16 *normalised, *activated;
@@ -101,26 +91,29 @@ Tensor mlp_inference(const Tensor& x_in, const Tensor& norm_in, double eps, cons
     for (int64_t tile = begin; tile < end; tile++) {
       const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first, height = panel_rows(count);
       norm.apply(from + first * channels, count, normalised, stride);
-      const Finish result = added_to(from + first * channels, to + first * channels, channels, floats(down_bias));
+      const Finish result = added_to(from + first * channels, to + first * channels, floats(down_bias));
       for (int64_t start = 0; start < hidden; start += chunk)
         for (int64_t row = 0; row < count; row += height) {
           const int64_t width = std::min(chunk, hidden - start), live = std::min(height, count - row);
-          multiply_blocks(units, height, normalised + row * stride, stride, up, start / kPanelColumns,
-                          divide_up(start + width, kPanelColumns), hidden,
-                          [&](int64_t column, int64_t columns, const float* sums) {
-                            Finish gelu = into(activated + column - start, chunk, floats(up_bias) + column);
-                            gelu.activation = Activation::gelu;
-                            row_kernels().finish(sums, kPanelColumns, live, columns, gelu);
-                          });
+          pipeline.next_rows(live, chunk);
+          for (int64_t column = start; column < start + width; column += kPanelColumns) {
+            const int64_t columns = std::min(kPanelColumns, start + width - column);
+            pipeline.multiply(height, columns, channels, normalised + row * stride, stride, up.at(column / kPanelColumns),
+                              pipeline.sums(), kPanelColumns);
+            pipeline.finish_later(pipeline.sums(), columns,
+                                  into(activated + column - start, floats(up_bias) + column, Activation::gelu));
+          }
+          pipeline.flush();
+          pipeline.next_rows(live, channels, channels);
           for (int64_t block = 0; block < down.blocks; block++) {
             const int64_t column = block * kPanelColumns, columns = std::min(kPanelColumns, channels - column);
             float* sums = down_sums + (row * down.blocks + block * height) * kPanelColumns;
-            multiply_block(units, height, columns, width, activated, chunk, down.at(block, start), sums, kPanelColumns,
-                           start > 0);
+            pipeline.multiply(height, columns, width, activated, chunk, down.at(block, start), sums, kPanelColumns, start > 0);
             if (start + width == hidden)
-              row_kernels().finish(sums, kPanelColumns, live, columns, part_at(result, row, column));
+              pipeline.finish_later(sums, columns, part_at(result, row, column, channels, channels));
           }
         }
+      pipeline.flush();
     }
   });
   return y;
@@ -163,12 +156,13 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
   const int64_t group = windows_at_once(x.size(0), tokens), most = group * tokens + kPanelRows;
   at::parallel_for(0, divide_up(x.size(0), group), 1, [&](int64_t begin, int64_t end) {
     MatrixUnits units;
+    PanelPipeline pipeline(units);
     Scratch scratch;
     BFloat16 *normalised, *qkv, *queries, *keys, *values, *weights;
-    float *sums, *inverse;
+    float *scores, *inverse;
     const int64_t value_size = padded * round_up(width, kPanelColumns);
     scratch.reserve(normalised, most * stride, qkv, most * 3 * channels, queries, (tokens + kPanelRows) * inner, keys,
-                    padded * inner, values, value_size, weights, kPanelRows * padded, sums, kPanelRows * padded, inverse,
+                    padded * inner, values, value_size, weights, kPanelRows * padded, scores, kPanelRows * padded, inverse,
                     kPanelRows);
     std::memset(queries, 0, (tokens + kPanelRows) * inner * sizeof(BFloat16));
     std::memset(keys, 0, padded * inner * sizeof(BFloat16));
@@ -178,8 +172,7 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
       const int64_t windows = std::min(group, x.size(0) - first), rows = windows * tokens;
       const BFloat16* from = x.const_data_ptr<BFloat16>() + first * tokens * channels;
       norm.apply(from, rows, normalised, stride);
-      linear(units, rows, normalised, stride, qkv_weight, 3 * channels, row_kernels(),
-             into(qkv, 3 * channels, floats(qkv_bias)));
+      linear(pipeline, rows, normalised, stride, qkv_weight, 3 * channels, into(qkv, floats(qkv_bias)), 3 * channels);
       for (int64_t item = 0; item < windows * heads; item++) {
         const int64_t offset = item / heads * tokens, column = item % heads * width;
         const BFloat16* head = qkv + offset * 3 * channels + column;
@@ -189,20 +182,22 @@ Tensor attention_inference(const Tensor& x_in, const Tensor& norm_in, double eps
         for (int64_t row = 0; row < tokens; row += height) {
           const int64_t some = std::min(height, tokens - row);
           for (int64_t token = 0; token < tokens; token += kPanelColumns)
-            multiply_block(units, height, kPanelColumns, inner, queries + row * inner, inner, keys + token * inner,
-                           sums + token, padded);
-          row_kernels().softmax(sums, padded, some, tokens, padded, scale, weights, padded, inverse);
+            pipeline.multiply(height, kPanelColumns, inner, queries + row * inner, inner, keys + token * inner, scores + token,
+                              padded);
+          row_kernels().softmax(scores, padded, some, tokens, padded, scale, weights, padded, inverse);
+          pipeline.next_rows(some, stride);
           for (int64_t c = 0; c < width; c += kPanelColumns) {
             const int64_t live = std::min(kPanelColumns, width - c);
-            multiply_block(units, height, live, padded, weights, padded, values + c * padded, sums, kPanelColumns);
-            Finish normalise = into(mixed + (offset + row) * stride + column + c, stride);
+            pipeline.multiply(height, live, padded, weights, padded, values + c * padded, pipeline.sums(), kPanelColumns);
+            Finish normalise = into(mixed + (offset + row) * stride + column + c);
             normalise.row_scale = inverse;
-            row_kernels().finish(sums, kPanelColumns, some, live, normalise);
+            pipeline.finish_later(pipeline.sums(), live, normalise);
           }
         }
       }
-      linear(units, rows, mixed, stride, proj, channels, row_kernels(),
-             added_to(from, y.data_ptr<BFloat16>() + first * tokens * channels, channels, floats(proj_bias)));
+      pipeline.flush();
+      linear(pipeline, rows, mixed, stride, proj, channels,
+             added_to(from, y.data_ptr<BFloat16>() + first * tokens * channels, floats(proj_bias)), channels, channels);
     }
   });
   return y;
@@ -243,6 +238,7 @@ Tensor mixer_inference(const Tensor& x_in, const Tensor& norm_in, double eps, co
   const int64_t group = windows_at_once(x.size(0), tokens), most = group * tokens + kPanelRows;
   at::parallel_for(0, divide_up(x.size(0), group), 1, [&](int64_t begin, int64_t end) {
     MatrixUnits units;
+    PanelPipeline pipeline(units);
     Scratch scratch;
     BFloat16 *normalised, *projected, *u, *dbc, *delta, *joined;
     scratch.reserve(normalised, most * stride, projected, most * channels, u, most * half, dbc, most * dbc_width, delta,
@@ -251,7 +247,7 @@ Tensor mixer_inference(const Tensor& x_in, const Tensor& norm_in, double eps, co
       const int64_t windows = std::min(group, x.size(0) - first), rows = windows * tokens;
       const BFloat16* from = x.const_data_ptr<BFloat16>() + first * tokens * channels;
       norm.apply(from, rows, normalised, stride);
-      linear(units, rows, normalised, stride, in_proj, channels, row_kernels(), into(projected, channels));
+      linear(pipeline, rows, normalised, stride, in_proj, channels, into(projected), channels);
       auto convolve = [&](int64_t branch, BFloat16* out, int64_t out_stride) {
         TokenConv one = conv;
         one.taps = floats(taps) + branch * kTaps * conv.tap_stride;
@@ -260,15 +256,15 @@ Tensor mixer_inference(const Tensor& x_in, const Tensor& norm_in, double eps, co
       };
       convolve(0, u, half);
       convolve(1, joined + half, stride);
-      linear(units, rows, u, half, x_proj, dbc_width, row_kernels(), into(dbc, dbc_width));
-      linear(units, rows, dbc, dbc_width, dt_proj, half, row_kernels(), into(delta, half));
+      linear(pipeline, rows, u, half, x_proj, dbc_width, into(dbc), dbc_width);
+      linear(pipeline, rows, dbc, dbc_width, dt_proj, half, into(delta), half);
       ScanProblem p = scan;
       p.u = {u, tokens * half, half}, p.delta = {delta, tokens * half, half};
       p.B = {dbc + rank, tokens * dbc_width, dbc_width}, p.C = {dbc + rank + states, tokens * dbc_width, dbc_width};
       p.y = {joined, tokens * stride, stride};
       for (int64_t window = 0; window < windows; window++) scan_kernels.forward(p, window, all_blocks);
-      linear(units, rows, joined, stride, out_proj, channels, row_kernels(),
-             added_to(from, y.data_ptr<BFloat16>() + first * tokens * channels, channels));
+      linear(pipeline, rows, joined, stride, out_proj, channels,
+             added_to(from, y.data_ptr<BFloat16>() + first * tokens * channels), channels, channels);
     }
   });
   return y;
