@@ -25,7 +25,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kMlpRows = 224;       // of a tile: a weight that was fetched serves enough of them
+constexpr int64_t kMlpRows = 224;       // of a tile at least: a weight that was fetched serves enough of them
 constexpr int64_t kMlpColumns = 320;    // of the hidden layer at once: their part of both weights stays near while rows go by
 constexpr int64_t kGroupRows = 224;     // of the windows that a thread takes at once
 
@@ -77,7 +77,8 @@ Tensor mlp_inference(const Tensor& x_in, const Tensor& norm_in, double eps, cons
   if (rows == 0) return y;
   const BFloat16* from = x.const_data_ptr<BFloat16>();
   BFloat16* to = y.data_ptr<BFloat16>();
-  const int64_t tiles = divide_up(rows, std::min(kMlpRows, divide_up(rows, at::get_num_threads())));
+  const int64_t tile_rows = std::max(kMlpRows, round_up(2 * channels / 3, kPanelRows));  // wide weights come from further away
+  const int64_t tiles = divide_up(rows, std::min(tile_rows, divide_up(rows, at::get_num_threads())));
   const int64_t chunk = std::min(kMlpColumns, hidden), stride = row_stride(channels);
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     MatrixUnits units;
