@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,6 +63,34 @@ def test_block_equals_float64(shape: tuple[int, int, int, int]):
     block = rounded(ConvBlock(shape[1], drop_path=0.0))
     x = maps(*shape)
     assert_rounded(PackedConvBlock.of(block)(x), block_in_float64(block, x))
+
+
+def test_without_avx512_results_are_the_same(capsys: pytest.CaptureFixture[str]):
+    """On arguments of GELU from its middle to far beyond the last piece of its table."""
+    program = """if True:
+        import torch
+        from mambavision.models.blocks import ConvBlock
+        from mambavision.models.packed_conv import PackedConvBlock
+        from mambavision.ops.conv_inference import conv_inference_available
+        conv_inference_available()
+        generator = torch.Generator().manual_seed(0)
+        filters = [torch.randn(48, 48, 3, 3, generator=generator) / 5 for _ in range(2)]
+        block = ConvBlock(48, drop_path=0.0)
+        block.norm1 = block.norm2 = torch.nn.Identity()
+        block.conv1.weight.data, block.conv2.weight.data = filters
+        block.conv1.bias.data.zero_(), block.conv2.bias.data.zero_()
+        x = torch.randn(2, 48, 9, 11, generator=generator).bfloat16().contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            y = PackedConvBlock.of(block)(x)
+        print(y.float().abs().sum().item())
+    """
+    exec(program, {})
+    here = float(capsys.readouterr().out)
+    answer = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "MAMBAVISION_ISA": "avx2"}, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert float(answer.stdout) == pytest.approx(here, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", BLOCKS)

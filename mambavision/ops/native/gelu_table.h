@@ -8,7 +8,7 @@ namespace mambavision {
 struct GeluTable {
   static constexpr int kPieces = 16;
   static constexpr float kFar = 5.0f;  // q is taken as constant beyond: |x| q(|x|) is below 2e-6 there
-  static constexpr float kPiecesPerUnit = (kPieces - 0.5f) / kFar;
+  static constexpr float kPiecesPerUnit = (kPieces - 0.51f) / kFar;  // kFar stays in the last piece
   float coefficient[4][kPieces];
 };
 
