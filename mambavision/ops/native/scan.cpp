@@ -13,6 +13,7 @@
 
 #include "isa.h"
 #include "operators.h"
+#include "parallel_items.h"
 #include "scan_kernel.h"
 
 namespace mambavision {
@@ -132,9 +133,8 @@ Two scan_forward(const Tensor& u_in, const Tensor& delta_in, const Tensor& A, co
   // Sequences are independent, and so are channels within one: the split changes no result.
   const int64_t blocks = divide_up(p.channels, kernels().lanes);
   const int64_t splits = std::min(blocks, divide_up(4 * at::get_num_threads(), p.batch));
-  at::parallel_for(0, p.batch * splits, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; item++)
-      kernels().forward(p, item / splits, part(blocks, splits, item % splits));
+  parallel_items(p.batch * splits, [&](int64_t item) {
+    kernels().forward(p, item / splits, part(blocks, splits, item % splits));
   });
   return {y, checkpoints};
 }
@@ -188,15 +188,13 @@ Seven scan_backward(const Tensor& dy_in, const Tensor& u_in, const Tensor& delta
     p.dB_dC = dB_dC.data_ptr<float>();
     p.dparameters = dparameters.data_ptr<float>();
     const int64_t lanes = kernels().lanes;
-    at::parallel_for(0, slots * groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; item++) {
-        const int64_t slot = item / groups, group = item % groups;
-        // Groups are cut at multiples of the widest vector, so that every instruction set has the same ones.
-        const Range wide = part(p.padded_channels / kChannelPad, groups, group);
-        const Range blocks = {wide.begin * kChannelPad / lanes,
-                              std::min(wide.end * kChannelPad / lanes, divide_up(p.channels, lanes))};
-        ISA_TABLE(scan_backward_kernel).run(p, slot, part(p.batch, slots, slot), group, blocks);
-      }
+    parallel_items(slots * groups, [&](int64_t item) {
+      const int64_t slot = item / groups, group = item % groups;
+      // Groups are cut at multiples of the widest vector, so that every instruction set has the same ones.
+      const Range wide = part(p.padded_channels / kChannelPad, groups, group);
+      const Range blocks = {wide.begin * kChannelPad / lanes,
+                            std::min(wide.end * kChannelPad / lanes, divide_up(p.channels, lanes))};
+      ISA_TABLE(scan_backward_kernel).run(p, slot, part(p.batch, slots, slot), group, blocks);
     });
     sum_parts(p.dB_dC, groups, p.batch * p.tokens * 2 * N);
     sum_parts(p.dparameters, slots, (N + 2) * p.padded_channels);
