@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 
 import torch
 
 from mambavision.distributed import World, gather_objects
 
+NO_BF16 = (
+    "precision is bf16, but this {device} has no bfloat16 instructions: PyTorch emulates them, many times slower than "
+    "float32. Type trainer.precision=auto (eval.py: precision=auto), which takes bf16 only where it is faster, or fp32"
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_precision(precision: str, world: World) -> str:
     """bf16, fp16 or fp32; `auto` takes bf16 only if every rank's hardware computes in it.
 
+    Warns on rank 0 where bf16 is asked for and emulated.
+
     Raises:
         ValueError: fp16 on a CPU.
     """
     if precision == "fp16" and world.device.type == "cpu":
         raise ValueError("trainer.precision=fp16 needs a GPU; type trainer.precision=bf16 or fp32 (or auto) on a CPU")
+    if precision == "bf16" and world.is_main and not hardware_has_bf16(world.device):
+        warnings.warn(NO_BF16.format(device=world.device.type), RuntimeWarning, stacklevel=2)
     if precision != "auto":
         return precision
     return "bf16" if all(gather_objects(hardware_has_bf16(world.device))) else "fp32"
