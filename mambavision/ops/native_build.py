@@ -122,7 +122,7 @@ def find_or_build() -> Path:
         with _locked(library.with_suffix(".lock")):
             if not library.exists():
                 print(
-                    f"compiling the CPU kernels into {library.parent}, once: about a minute of processor time",
+                    f"compiling the CPU kernels into {library.parent}, once: one to three minutes of processor time",
                     file=sys.stderr,
                     flush=True,
                 )
