@@ -35,7 +35,8 @@ class TinyMixer(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_pass_opcheck(dtype):
-    inputs = scan_inputs(2, 33, 20, 8, dtype)
+    inputs = scan_inputs(2, 33, 20, 8, dtype)  # 20 channels: padding that narrow vectors do not reach
+    scan_cpu(*inputs)  # builds and registers
     y, checkpoints = torch.ops.mambavision.scan_forward(*inputs, True)
     torch.library.opcheck(torch.ops.mambavision.scan_forward.default, (*inputs, True))
     torch.library.opcheck(torch.ops.mambavision.scan_backward.default, (torch.ones_like(y), *inputs, checkpoints))
