@@ -45,8 +45,8 @@ RATIOS = (
 def main() -> None:
     args = parse()
     if args.first_batch:
-        print(first_batch_seconds(args.first_batch, Path(args.data), args))
-        return
+        print(first_batch_seconds(args.first_batch, Path(args.data), args), flush=True)
+        os._exit(0)  # the loaders' threads are at work on the next batches, and stock FFCV's abort an orderly end
     torch.set_num_threads(1)  # as in a DataLoader's workers: the cores belong to the --workers
     with tempfile.TemporaryDirectory(prefix="bench_loader-") as temporary:
         directory = prepare(Path(args.data).expanduser(), Path(temporary), args)
