@@ -133,6 +133,7 @@ Two scan_forward(const Tensor& u_in, const Tensor& delta_in, const Tensor& A, co
   // Sequences are independent, and so are channels within one: the split changes no result.
   const int64_t blocks = divide_up(p.channels, kernels().lanes);
   const int64_t written = blocks * kernels().lanes;
+  // Rows are padded for the widest vectors; what narrower ones leave out is nobody's input, but part of the result.
   if (written < p.padded_channels) checkpoints.narrow(3, written, p.padded_channels - written).zero_();
   const int64_t splits = std::min(blocks, divide_up(4 * at::get_num_threads(), p.batch));
   parallel_items(p.batch * splits, [&](int64_t item) {
