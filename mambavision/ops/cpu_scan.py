@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mambavision.ops.native_build import load_native
+from mambavision.ops.tracing import constant_when_traced
 
 TILE_TOKENS, STATE_PAD, CHANNEL_PAD = 16, 8, 16  # as in native/scan_kernel.h
 
@@ -35,7 +36,7 @@ def scan_cpu(
     return torch.ops.mambavision.selective_scan(u, delta, A, B, C, D, delta_bias)
 
 
-@torch.compiler.assume_constant_result  # torch.compile then calls it while tracing instead of looking inside
+@constant_when_traced
 def _require_native() -> bool:
     return _operator() is not None
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.ops.native_build import load_native
+from mambavision.ops.tracing import constant_when_traced
 
 TAPS = 3
 
@@ -74,7 +75,7 @@ def _conv(x: Tensor, weights: list[Tensor], causal: bool, silu: bool) -> list[Te
     return [conv_tokens_reference(part, weight, causal, silu) for part, weight in zip(parts, weights, strict=True)]
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _native_available() -> bool:
     """Builds and loads the kernels at the first call; the build itself warns, once, if it fails."""
     if load_native() is None:
@@ -83,7 +84,7 @@ def _native_available() -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _triton_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 

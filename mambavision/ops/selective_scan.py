@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mambavision.ops.reference import scan_reference
+from mambavision.ops.tracing import constant_when_traced
 
 BACKENDS = ("auto", "cpu", "triton", "mamba_ssm", "reference")
 ENVIRONMENT_OVERRIDE = "MAMBAVISION_SCAN_BACKEND"
@@ -93,7 +94,7 @@ def selective_scan_tokens(
     return scan(u, delta, A, B, C, D, delta_bias)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def choose_backend(
     device: str, dtype: torch.dtype, backend: str = "auto", shape: tuple[int, int, int, int] | None = None
 ) -> str:
@@ -138,7 +139,7 @@ def choose_backend(
     return asked
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _must_measure() -> bool:
     return len(_installed()) > 1
 

@@ -6,7 +6,7 @@ gradients clipped to a global norm of 1.0 inside the step. `torch_optimizer.Lamb
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,12 @@ from torch.optim import Optimizer
 
 from mambavision.optim.clip import global_grad_norm, gradient_divisor, is_refused
 from mambavision.optim.native import native_kernels
+
+
+def _unwrapped(method: Callable) -> Callable:
+    """Without torch's wrapper that hides it from torch.compile and, at its first call, imports torch._dynamo: that takes
+    longer than torch itself."""
+    return getattr(method, "__wrapped__", method)
 
 
 class Lamb(Optimizer):
@@ -52,8 +58,11 @@ class Lamb(Optimizer):
         first = self.param_groups[0]["params"][0]
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=first.device)
 
+    state_dict = _unwrapped(Optimizer.state_dict)
+    zero_grad = _unwrapped(Optimizer.zero_grad)
+
     def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(param_group)
+        _unwrapped(Optimizer.add_param_group)(self, param_group)
         group = self.param_groups[-1]
         if len({(p.device, p.dtype) for p in group["params"]}) != 1:
             raise ValueError(
@@ -63,7 +72,7 @@ class Lamb(Optimizer):
         group.setdefault("step", torch.zeros((), dtype=torch.float32, device=group["params"][0].device))
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
+        _unwrapped(Optimizer.load_state_dict)(self, state_dict)
         for group in self.param_groups:  # torch moves the state of parameters, not that of groups
             group["step"] = group["step"].to(device=group["params"][0].device, dtype=torch.float32, copy=True)
 

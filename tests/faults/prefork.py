@@ -110,7 +110,7 @@ def become_rank(request: dict, rank: int, port: int) -> None:
     }
     os.environ.update({k: str(v) for k, v in environment.items()} if request["ranks"] > 1 else {})
     os.environ.update(request["environment"])
-    if "FAKE_WANDB" in os.environ:  # instead of the real one, which timm has imported
+    if "FAKE_WANDB" in os.environ:  # instead of the real one, if a part has imported it
         for name in [n for n in sys.modules if n.split(".")[0] == "wandb"]:
             del sys.modules[name]
         sys.path.insert(0, os.environ["FAKE_WANDB"])

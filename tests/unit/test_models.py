@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mambavision import VARIANTS, create_model, list_models
-from mambavision.models import fuse_for_inference
+from mambavision.models import backbone, fuse_for_inference
 from mambavision.models.pretrained import load_weights
 from tests.unit.model_samples import micro, relative
 
@@ -151,6 +151,14 @@ def test_timm_builds_the_same_models_by_the_same_names():
     assert (config["crop_pct"], config["interpolation"]) == (0.93, "bicubic")
     with pytest.raises(ValueError, match="nearest: 'depths'"):
         timm.create_model("mambavision_t", depht=(1, 1, 1, 1))
+
+
+def test_linear_layers_are_drawn_as_timm_draws_them():
+    layer, expected = torch.nn.Linear(64, 33), torch.empty(33, 64)
+    torch.manual_seed(5)
+    backbone._init_linear(layer)
+    torch.manual_seed(5)
+    assert torch.equal(layer.weight, timm.layers.trunc_normal_(expected, std=0.02)) and not layer.bias.any()
 
 
 def test_timm_features_only_gives_the_four_maps():
