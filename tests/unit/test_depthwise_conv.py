@@ -113,6 +113,7 @@ def test_autocast_tokens_stay_bfloat16_and_weights_float32():
 
 
 @needs_native
+@pytest.mark.slow
 def test_operator_obeys_torchs_rules():
     x = torch.randn(2, 9, 12, requires_grad=True)
     weights = [torch.randn(5, 1, 3, requires_grad=True), torch.randn(7, 1, 3, requires_grad=True)]

@@ -21,6 +21,7 @@ LOAD = (
 LOAD_PART = "from mambavision.ops import native_build; native_build.SOURCES = native_build.SOURCES[-1:]; " + LOAD
 
 
+@pytest.mark.slow
 def test_no_compiler_gives_one_warning_with_reason_cost_and_cure(tmp_path):
     environment = {**os.environ, "PATH": "/nonexistent", "CXX": "", "MAMBAVISION_CACHE": str(tmp_path)}
     answer = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=False)
