@@ -18,6 +18,8 @@ register_with_timm()
 
 
 def __getattr__(name: str) -> object:
+    if name == "models":
+        return import_module("mambavision.models")
     if name in __all__:
         return getattr(import_module("mambavision.models"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,6 +27,8 @@ def test_a_slip_is_answered_before_torch_is_imported():
         "sys.argv = ['train.py', 'optimizer.lrr=3']",
         "try: train.main()",
         "except SystemExit as ending: assert ending.code == 2",
+        "import mambavision",
+        "assert 'mambavision_t' in mambavision.models.VARIANTS and mambavision.VARIANTS is mambavision.models.VARIANTS",
         "assert 'torch' not in sys.modules",
     )
     assert "did you mean optimizer.lr" in done.stderr
