@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data.native_library import load_library
 from mambavision.ops import native_build
 from mambavision.ops.native_build import NativeBuildError, find_or_build, load_native
 
@@ -71,6 +72,13 @@ def test_a_changed_source_or_compiler_is_another_library(monkeypatch, tmp_path):
     (tmp_path / "scan.cpp").write_text("int changed;")
     monkeypatch.setattr(native_build, "SOURCE_DIRECTORY", tmp_path)
     assert native_build._machine_key() != before
+
+
+@pytest.mark.skipif(native_build.find_compiler() is None, reason="no C++ compiler here")
+def test_where_there_is_a_compiler_both_libraries_are_built_and_loaded():
+    """Tests of the kernels and of the decoder are skipped without them; a source that does not compile must not pass for that."""
+    assert find_or_build().exists() and load_native() is not None
+    assert load_library() is not None  # raises with what is wrong and what to install
 
 
 @pytest.mark.skipif(load_native() is None, reason="no C++ compiler here")
