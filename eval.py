@@ -16,10 +16,12 @@ import sys
 def main() -> None:
     from mambavision.compose import compose_eval_config, refuse
     from mambavision.engine.score import implied_overrides, score
+    from mambavision.world_end import world_left_at_end
 
     try:
         given = sys.argv[1:]
-        score(compose_eval_config(implied_overrides(given) + given))
+        with world_left_at_end():
+            score(compose_eval_config(implied_overrides(given) + given))
     except ValueError as error:
         refuse(error)
 

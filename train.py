@@ -27,6 +27,7 @@ from mambavision.compose import CONF_DIR, check_command_line, refuse, typed_trai
 from mambavision.config import TrainConfig
 from mambavision.config_checks import ConfigError
 from mambavision.run_dir import run_directory
+from mambavision.world_end import world_left_at_end
 
 EXIT_CODES = {"finished": 0, "preempted": 75}  # 75: EX_TEMPFAIL, come back later
 
@@ -68,7 +69,8 @@ def main() -> None:
         sys.argv[1:] = check_command_line(sys.argv[1:], TrainConfig)
     except ConfigError as error:
         refuse(error)
-    job()
+    with world_left_at_end(agreed_exit_codes=(EXIT_CODES["preempted"],)):
+        job()
 
 
 if __name__ == "__main__":

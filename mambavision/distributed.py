@@ -6,6 +6,7 @@ torchrun agent reuses the agent's store keys, and ranks then read each other's s
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# DDP imports this when it is made. Its functions have the group of that moment as a default argument and would hold it
+# for good; imported before there is a group, they hold None.
+import torch.distributed.nn.functional
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,7 +70,7 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
         )
     if use_cuda:
         torch.cuda.set_device(local_rank)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in os.environ and not is_initialized():
         # Control decisions travel over gloo on CPU tensors, so that agreeing never waits for the GPU's queue.
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         store = fresh_store(rank, world_size, start_timeout_seconds)
@@ -81,8 +86,12 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
     )
 
 
+def is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return is_initialized() and dist.get_world_size() > 1
 
 
 def set_timeout(seconds: float) -> None:
@@ -224,5 +233,15 @@ class BatchNormAverager:
 
 
 def close_world() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group once all went well: the model and all else that used it must be gone.
+
+    Returns when gloo's threads have ended; why that matters, and what happens after a failure: world_end.py.
+    """
+    if not is_initialized():
+        return
+    group = dist.group.WORLD
+    dist.destroy_process_group()
+    # Reducers go in reference cycles. Were one of them the group's last holder, its threads would be waited for with
+    # the interpreter's lock held, which they may want; the reference here is given up without it.
+    gc.collect()
+    del group

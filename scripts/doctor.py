@@ -21,6 +21,7 @@ from mambavision.cluster import doctor, doctor_device, points, sizing
 from mambavision.cluster.doctor import Finding, Plan
 from mambavision.config import TrainConfig
 from mambavision.config_checks import ConfigError
+from mambavision.world_end import world_left_at_end
 
 
 def main() -> int:
@@ -40,10 +41,10 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    findings = examine(cfg, args)
-    if distributed_rank() == 0:
-        report(findings, args.json)
-    distributed.close_world()
+    with world_left_at_end():
+        findings = examine(cfg, args)
+        if distributed_rank() == 0:
+            report(findings, args.json)
     return int(any(f.level == "error" for f in findings))
 
 

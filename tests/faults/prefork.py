@@ -9,6 +9,7 @@ when one fails, and then kills them. Requests and reports are JSON lines on stdi
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -29,6 +30,7 @@ def serve(preload: list[str]) -> None:
 
     load_native()  # compiled and loaded once, not by each training
     assert len(os.listdir("/proc/self/task")) == 1, "forking with other threads running is not safe"
+    gc.freeze()  # a collection in a rank would copy all of the memory shared with the server
     report({"ready": os.getpid()})
     running = 0
     buffer = b""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from mambavision.distributed import close_world
 from mambavision.ops.cpu_scan import scan_cpu
 from mambavision.ops.native_build import load_native
 from tests.unit.test_native_scan import scan_inputs
@@ -104,4 +105,5 @@ def _rank_equals_whole_batch(rank: int, store: str) -> None:
     parallel = nn.parallel.DistributedDataParallel(model)
     parallel(tokens[2 * rank : 2 * rank + 2]).square().mean().backward()
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], list(whole))
-    dist.destroy_process_group()
+    del parallel
+    close_world()

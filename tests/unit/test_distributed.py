@@ -1,0 +1,67 @@
+"""How commands leave the process group."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mambavision.distributed import close_world
+from mambavision.world_end import world_left_at_end
+
+TASKS = Path("/proc/self/task")
+needs_names_of_threads = pytest.mark.skipif(not TASKS.exists(), reason=f"{sys.platform} has no {TASKS}")
+
+
+def gloo_threads() -> list[str]:
+    names = [(task / "comm").read_text().strip() for task in TASKS.iterdir()]
+    return [name for name in names if "gloo" in name]
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    assert gloo_threads()
+    yield
+    close_world()  # where it is closed already, nothing
+
+
+def train_one_step() -> None:
+    model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+
+
+@needs_names_of_threads
+def test_no_thread_outlives_a_closed_group(group: None) -> None:
+    train_one_step()  # leaves a reducer in a cycle that holds the group
+    close_world()
+    assert not gloo_threads() and not dist.is_initialized()
+
+
+@needs_names_of_threads
+@pytest.mark.parametrize("exit_code", [None, 75])
+def test_a_command_that_ends_well_leaves_the_group(group: None, exit_code: int | None) -> None:
+    def command() -> None:
+        with world_left_at_end(agreed_exit_codes=(75,)):
+            train_one_step()
+            if exit_code is not None:
+                raise SystemExit(exit_code)
+
+    if exit_code is None:
+        command()
+    else:
+        with pytest.raises(SystemExit, match="75"):
+            command()
+    assert not gloo_threads() and not dist.is_initialized()
+
+
+@pytest.mark.parametrize("failure", [SystemExit(1), RuntimeError("a rank is gone")])
+def test_a_command_that_fails_does_not_wait_for_the_groups_threads(group: None, failure: BaseException) -> None:
+    with pytest.raises(type(failure)), world_left_at_end():
+        raise failure
+    assert dist.is_initialized()
