@@ -241,7 +241,7 @@ def close_world() -> None:
         return
     group = dist.group.WORLD
     dist.destroy_process_group()
-    # Reducers go in reference cycles. Were one of them the group's last holder, its threads would be waited for with
-    # the interpreter's lock held, which they may want; the reference here is given up without it.
+    # DDP's reducers, which hold the group too, may wait in reference cycles. Were one of them its last holder, the
+    # threads would be waited for with the interpreter's lock held, which they may want; given up here, it is not held.
     gc.collect()
     del group

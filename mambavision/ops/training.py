@@ -1,8 +1,9 @@
 """The layers of a training step in bfloat16 on the CPU: native operators where they fit, PyTorch's elsewhere.
 
-Owns the choice. The native ones (`native/linear_training.cpp`, `native/norm_training.cpp`) take over where gradients are
-recorded, activations are bfloat16 (by autocast or as they come) and the processor has matrix units (AMX);
-float32, inference, other devices and every traced graph take PyTorch's own operators, which a compiler can fuse and an
+Owns the choice. The native ones take over where gradients are recorded and activations are bfloat16 (by autocast or as
+they come): the normalisations (`native/norm_training.cpp`) on any processor, what consists of products
+(`native/linear_training.cpp`, `native/attention_training.cpp`) where it has matrix units (AMX).
+Float32, inference, other devices and every traced graph take PyTorch's own operators, which a compiler can fuse and an
 export can name. Sums are float32 and bitwise repeatable at any number of threads; gradients of weights come in the
 weights' type, not rounded to bfloat16 on the way.
 """
@@ -23,7 +24,7 @@ _ACTIVATIONS = {"none": 0, "relu": 1, "gelu_tanh": 2}
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. x (..., in), weight (out, in), bias (out)."""
-    native = _native_for(x)
+    native = _products_for(x)
     if native is None or weight.shape[0] % 2 or weight.shape[1] % 2 or weight.dtype == torch.float64:
         return F.linear(x, weight, bias)
     return native.linear_training(x.to(torch.bfloat16), weight, bias)
@@ -34,7 +35,7 @@ def mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor | None:
 
     Keeps the hidden activations and the derivative of the GELU, not its argument.
     """
-    native = _native_for(x)
+    native = _products_for(x)
     if native is None or first.bias is None or second.bias is None or first.in_features % 2 or first.out_features % 2:
         return None
     return native.mlp_training(x.to(torch.bfloat16), first.weight, first.bias, second.weight, second.bias)
@@ -46,7 +47,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor | None:
     qkv (b, L, 3 heads width), a token's queries before its keys and values; returns (b, L, heads width). For windows: the
     scores of one head are to fit in a core's cache.
     """
-    native = _native_for(qkv)
+    native = _products_for(qkv)
     if native is None or qkv.shape[1] > _LONGEST_WINDOW or qkv.shape[2] // (3 * num_heads) % 2:
         return None
     return native.attention_training(qkv.to(torch.bfloat16), num_heads)
@@ -55,7 +56,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor | None:
 def fuses_batch_norm(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None) -> bool:
     """Whether `batch_norm` takes these."""
     return (
-        _native_for(x) is not None
+        _norms_for(x) is not None
         and x.dtype == torch.bfloat16
         and (residual is None or residual.dtype == torch.bfloat16)
         and norm.weight is not None
@@ -85,7 +86,7 @@ def batch_norm(
     Returns:
         (B, C, H, W), bfloat16, channels-last.
     """
-    return _native().batch_norm_training(
+    return load_native().batch_norm_training(
         x,
         norm.weight,
         bias,
@@ -101,29 +102,37 @@ def batch_norm(
 
 def fuses_layer_norm(x: Tensor, branch: Tensor | None) -> bool:
     """Whether `add_layer_norm` takes these."""
-    native = _native_for(x)
-    return native is not None and x.dtype == torch.bfloat16 and (branch is None or branch.dtype == torch.bfloat16)
+    return (
+        _norms_for(x) is not None and x.dtype == torch.bfloat16 and (branch is None or branch.dtype == torch.bfloat16)
+    )
 
 
 def add_layer_norm(
     x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, drop_path_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """s = x + scale * branch (x itself without a branch) and LN(s). x, branch (b, L, C); drop_path_scale (b,) float32."""
-    return _native().layer_norm_training(x, branch, drop_path_scale, norm.weight, norm.bias, norm.eps)
+    return load_native().layer_norm_training(x, branch, drop_path_scale, norm.weight, norm.bias, norm.eps)
 
 
-def _native_for(x: Tensor) -> object | None:
+def _products_for(x: Tensor) -> object | None:
+    """The kernels, where x is theirs to take and there are matrix units for their products."""
+    return _with_matrix_units() if _wants_native(x) else None
+
+
+def _norms_for(x: Tensor) -> object | None:
+    """The kernels, where x is theirs to take."""
+    return load_native() if _wants_native(x) else None
+
+
+def _wants_native(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.is_grad_enabled() or x.numel() == 0:
-        return None
+        return False
     if torch.is_autocast_enabled("cpu"):
-        if torch.get_autocast_dtype("cpu") != torch.bfloat16 or x.dtype == torch.float64:
-            return None
-    elif x.dtype != torch.bfloat16:
-        return None
-    return _native()
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype != torch.float64
+    return x.dtype == torch.bfloat16
 
 
 @cache
-def _native() -> object | None:
+def _with_matrix_units() -> object | None:
     native = load_native()
     return native if native is not None and native.matrix_units_available() else None

@@ -121,6 +121,7 @@ def test_operator_obeys_torchs_rules():
     torch.library.opcheck(torch.ops.mambavision.token_conv.default, (x, weights, False, True))
 
 
+@pytest.mark.slow
 @needs_native
 def test_compiles_whole_and_exports():
     x = torch.randn(2, 9, 12, requires_grad=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.ops import training
+from mambavision.ops.native_build import load_native
 
-pytestmark = pytest.mark.skipif(training._native() is None, reason="no compiled kernels or no bfloat16 matrix units")
+pytestmark = pytest.mark.skipif(load_native() is None, reason="no C++ compiler here: no compiled kernels")
+needs_matrix_units = pytest.mark.skipif(training._with_matrix_units() is None, reason="no bfloat16 matrix units here")
 
 ROUNDING = 2.0**-8  # relative error of a bfloat16, twice; results and their inputs are rounded to it
 
@@ -39,6 +43,7 @@ def rounded_linear(inner: int, outer: int) -> nn.Linear:
     return layer
 
 
+@needs_matrix_units
 @pytest.mark.parametrize(
     ("batch", "tokens", "inner", "outer", "bias"),
     [
@@ -65,12 +70,14 @@ def test_linear_equals_float64(batch: int, tokens: int, inner: int, outer: int, 
         assert difference(layer.bias.grad, b64.grad) < 1e-5
 
 
+@needs_matrix_units
 def test_linear_reads_slices_in_place() -> None:
     whole, layer = bfloat16(2, 9, 64), rounded_linear(20, 16)
     part = training.linear(whole[..., 4:24], layer.weight)
     assert torch.equal(part, training.linear(whole[..., 4:24].contiguous(), layer.weight))
 
 
+@needs_matrix_units
 def test_mlp_equals_float64() -> None:
     x, first, second = bfloat16(4, 49, 48), rounded_linear(48, 192), rounded_linear(192, 48)
     gradient = torch.randn(4, 49, 48).bfloat16()
@@ -85,6 +92,7 @@ def test_mlp_equals_float64() -> None:
         assert difference(ours, wanted.grad) < 2 * ROUNDING
 
 
+@needs_matrix_units
 @pytest.mark.parametrize(("tokens", "heads", "width"), [(49, 4, 40), (31, 3, 12), (196, 2, 32), (1, 1, 16)])
 def test_attention_equals_float64(tokens: int, heads: int, width: int) -> None:
     qkv, dim = bfloat16(2, tokens, 3 * heads * width), heads * width
@@ -100,6 +108,7 @@ def test_attention_equals_float64(tokens: int, heads: int, width: int) -> None:
         assert difference(ours, wanted) < 2 * ROUNDING
 
 
+@needs_matrix_units
 def test_long_windows_are_left_to_pytorch() -> None:
     assert training.attention(bfloat16(1, 1024, 96), 1) is None
 
@@ -171,28 +180,54 @@ def test_layer_norm_without_a_branch_passes_its_input_on() -> None:
     assert (x.grad.double() - x64.grad).abs().max() < 0.05
 
 
-def step(threads: int) -> list[Tensor]:
-    torch.manual_seed(1)
-    torch.set_num_threads(threads)
-    x = bfloat16(32, 98, 64)
-    first, second, norm, projection = nn.Linear(64, 256), nn.Linear(256, 64), nn.LayerNorm(64), nn.Linear(64, 192)
-    batch_norm, image = nn.BatchNorm2d(64), bfloat16(8, 64, 28, 28)
-    total, y = training.add_layer_norm(x, training.mlp(x, first, second), norm, torch.rand(32))
-    y = training.attention(training.linear(y, projection.weight, projection.bias), 2)
+def through_norms(x: Tensor, branch: Tensor) -> tuple[list[nn.Module], list[Tensor], Tensor]:
+    norm, batch_norm, image = nn.LayerNorm(64), nn.BatchNorm2d(64), bfloat16(8, 64, 28, 28)
+    total, y = training.add_layer_norm(x, branch, norm, torch.rand(32))
     z = training.batch_norm(image, batch_norm, batch_norm.bias, activation="gelu_tanh")
-    (y.float().square().mean() + total.float().square().mean() + z.float().pow(3).mean()).backward()
-    layers = (first, second, norm, projection, batch_norm)
+    loss = total.float().square().mean() + z.float().pow(3).mean()
+    return [norm, batch_norm], [x, image, y], loss
+
+
+def norms_step() -> list[Tensor]:
+    x, branch = bfloat16(32, 98, 64), bfloat16(32, 98, 64)
+    layers, (x, image, y), loss = through_norms(x, branch)
+    (loss + y.float().square().mean()).backward()
+    return [x.grad, branch.grad, image.grad, *(p.grad for layer in layers for p in layer.parameters())]
+
+
+def products_step() -> list[Tensor]:
+    x, first, second, projection = bfloat16(32, 98, 64), nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 192)
+    layers, (x, image, y), loss = through_norms(x, training.mlp(x, first, second))
+    y = training.attention(training.linear(y, projection.weight, projection.bias), 2)
+    (loss + y.float().square().mean()).backward()
+    layers += [first, second, projection]
     return [x.grad, image.grad, *(p.grad for layer in layers for p in layer.parameters())]
 
 
-def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize("step", [norms_step, pytest.param(products_step, marks=needs_matrix_units)])
+def test_gradients_do_not_depend_on_the_number_of_threads(step: Callable[[], list[Tensor]]) -> None:
     threads = torch.get_num_threads()
+    gradients = []
     try:
-        assert all(torch.equal(one, other) for one, other in zip(step(1), step(3), strict=True))
+        for count in (1, 3):
+            torch.manual_seed(1)
+            torch.set_num_threads(count)
+            gradients.append(step())
     finally:
         torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
+def test_norms_of_float32_inference_and_other_autocasts_are_left_to_pytorch() -> None:
+    norm, x = nn.BatchNorm2d(8), bfloat16(2, 8, 3, 3)
+    assert training.fuses_batch_norm(x, norm) and not training.fuses_batch_norm(x.float(), norm)
+    with torch.no_grad():
+        assert not training.fuses_batch_norm(x, norm)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert not training.fuses_batch_norm(x, norm)
+
+
+@needs_matrix_units
 def test_float32_inference_and_other_autocasts_are_left_to_pytorch() -> None:
     qkv = torch.randn(2, 4, 24)
     assert training.attention(qkv, 1) is None
@@ -204,6 +239,7 @@ def test_float32_inference_and_other_autocasts_are_left_to_pytorch() -> None:
         assert training.attention(qkv, 1) is None
 
 
+@needs_matrix_units
 def test_double_backward_is_refused() -> None:
     x, layer = bfloat16(1, 4, 8), nn.Linear(8, 8)
     (gradient,) = torch.autograd.grad(
