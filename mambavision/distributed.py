@@ -7,6 +7,7 @@ torchrun agent reuses the agent's store keys, and ranks then read each other's s
 from __future__ import annotations
 
 import gc
+import importlib
 import inspect
 import os
 from collections.abc import Callable
@@ -16,10 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-
-# DDP imports this when it is made. Its functions have the group of that moment as a default argument and would hold it
-# for good; imported before there is a group, they hold None.
-import torch.distributed.nn.functional
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,9 +71,7 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
         # Control decisions travel over gloo on CPU tensors, so that agreeing never waits for the GPU's queue.
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         store = fresh_store(rank, world_size, start_timeout_seconds)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds)
-        )
+        join_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds))
     return World(
         rank,
         world_size,
@@ -84,6 +79,14 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
         local_world_size,
         torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
     )
+
+
+def join_group(backend: str, **arguments: Any) -> None:
+    """torch's init_process_group, for a group that `close_world` can take down."""
+    # DDP imports this when it is made. Its functions have the group of that moment as a default argument and would hold
+    # it for good; imported before there is a group, they hold None.
+    importlib.import_module("torch.distributed.nn.functional")
+    dist.init_process_group(backend, **arguments)
 
 
 def is_initialized() -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mambavision.distributed import close_world
+from mambavision.distributed import close_world, join_group
 from mambavision.world_end import world_left_at_end
 
 TASKS = Path("/proc/self/task")
@@ -39,7 +39,7 @@ def comes_true(condition: Callable[[], bool]) -> bool:
 @pytest.fixture
 def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    join_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         assert not TASKS.exists() or comes_true(has_gloo_threads)
         yield

@@ -6,11 +6,10 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from mambavision.distributed import close_world
+from mambavision.distributed import close_world, join_group
 from mambavision.ops.cpu_scan import scan_cpu
 from mambavision.ops.native_build import load_native
 from tests.unit.test_native_scan import scan_inputs
@@ -98,7 +97,7 @@ def test_two_data_parallel_ranks_have_the_gradients_of_the_whole_batch(tmp_path)
 def _rank_equals_whole_batch(rank: int, store: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    join_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model, tokens = TinyMixer(), torch.randn(4, 20, 16)
     whole = torch.autograd.grad(model(tokens).square().mean(), list(model.parameters()))
