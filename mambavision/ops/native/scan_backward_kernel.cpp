@@ -36,7 +36,6 @@ INLINE bool load_tile(const ScanProblem& p, int64_t batch, Tile tile, int64_t ch
     s.dt[t] = dt, s.u[t] = u, s.dy[t] = dy;
     s.slope[t] = sigmoid(raw, z);
     s.x[t] = dt * u;
-    s.ddt[t] = s.dx[t] = Vec{};
     dD_sum += dy * u;
     largest_dt = dt <= largest_dt ? largest_dt : dt;
   }
@@ -44,21 +43,21 @@ INLINE bool load_tile(const ScanProblem& p, int64_t batch, Tile tile, int64_t ch
   return decays_bounded(p, channel, largest_dt);
 }
 
+// A tile's gradients of u and delta, made of a token's sums once these have all states in them.
 template <class T>
-INLINE void store_tile(const ScanProblem& p, int64_t batch, Tile tile, int64_t channel, const BackwardTile& s,
-                       Vec* dbias) {
-  const int live = (int)(p.channels - channel);
-  const Vec D = load(p.D + channel);
-  T *du_row = row<T>(p.du, batch, tile.first) + channel, *ddelta_row = row<T>(p.ddelta, batch, tile.first) + channel;
-  Vec dbias_sum = *dbias;
-  for (int t = 0; t < tile.tokens; t++) {
-    const Vec ddelta = (s.ddt[t] * kLn2 + s.dx[t] * s.u[t]) * s.slope[t];
-    dbias_sum += ddelta;
-    store(du_row + t * p.du.token_stride, s.dx[t] * s.dt[t] + s.dy[t] * D, live);
-    store(ddelta_row + t * p.ddelta.token_stride, ddelta, live);
+struct TokenGradients {
+  T *du_row, *ddelta_row;
+  int64_t du_stride, ddelta_stride;
+  int live;
+  Vec D, dbias;
+
+  __attribute__((always_inline)) void finish(const BackwardTile& s, int t, Vec ddt, Vec dx) {
+    const Vec ddelta = (ddt * kLn2 + dx * s.u[t]) * s.slope[t];
+    dbias += ddelta;
+    store(du_row + t * du_stride, dx * s.dt[t] + s.dy[t] * D, live);
+    store(ddelta_row + t * ddelta_stride, ddelta, live);
   }
-  *dbias = dbias_sum;
-}
+};
 
 // Recomputes decays and states of a group over the tile. dB_dC[token][2 N] collects, over the blocks, the gradients of B
 // and C still spread over the lanes: those of C here, where arithmetic leaves room for memory traffic.
@@ -83,17 +82,18 @@ INLINE void recompute(BackwardTile& s, int tokens, int64_t states, const float* 
 }
 
 // Walks a group of states back over the tile. The adjoint is dL/dh at the tile's end on entry, before its first token on
-// return.
-INLINE void reverse(BackwardTile& s, int tokens, int64_t states, const float* BC, Vec* adjoint, Vec* dA, Vec* dB_dC,
-                    const Ahead<2>& ahead) {
+// return. The first group begins a token's sums, the last finishes them.
+template <bool kFirst, bool kLast, class T>
+INLINE void reverse(BackwardTile& s, int tokens, int64_t states, const float* BC, BlockSums sums, Vec* dB_dC,
+                    const Ahead<2>& ahead, TokenGradients<T>& gradients) {
   Vec g[kBackwardGroup], dA_sum[kBackwardGroup];
-  for (int n = 0; n < kBackwardGroup; n++) g[n] = adjoint[n], dA_sum[n] = dA[n];
+  for (int n = 0; n < kBackwardGroup; n++) g[n] = sums.adjoint[n], dA_sum[n] = sums.dA[n];
   for (int t = tokens - 1; t >= 0; t--) {
     const float *B = BC + t * 2 * states, *C = B + states;
     Vec* dB = dB_dC + t * 2 * states;
     ahead.fetch(t);
     const Vec dy = s.dy[t], x = s.x[t], dt = s.dt[t];
-    Vec ddt = s.ddt[t], dx = s.dx[t];
+    Vec ddt = kFirst ? Vec{} : s.ddt[t], dx = kFirst ? Vec{} : s.dx[t];
 #pragma GCC unroll 8
     for (int n = 0; n < kBackwardGroup; n++) {
       const Vec dh = g[n] + dy * C[n];
@@ -104,10 +104,12 @@ INLINE void reverse(BackwardTile& s, int tokens, int64_t states, const float* BC
       dA_sum[n] += dexponent * dt;
       ddt += dexponent * s.A[n];
     }
-    s.ddt[t] = ddt;
-    s.dx[t] = dx;
+    if constexpr (kLast)
+      gradients.finish(s, t, ddt, dx);
+    else
+      s.ddt[t] = ddt, s.dx[t] = dx;
   }
-  for (int n = 0; n < kBackwardGroup; n++) adjoint[n] = g[n], dA[n] = dA_sum[n];
+  for (int n = 0; n < kBackwardGroup; n++) sums.adjoint[n] = g[n], sums.dA[n] = dA_sum[n];
 }
 
 template <class T>
@@ -121,6 +123,14 @@ void backward_block(const ScanProblem& p, int64_t batch, int64_t tile_index, Til
                            {p.u.token_stride * size, p.delta.token_stride * size, p.dy.token_stride * size}};
   const Ahead<2> outputs = {{before(p.du), before(p.ddelta)},
                             {p.du.token_stride * size, p.ddelta.token_stride * size}};
+  TokenGradients<T> gradients = {row<T>(p.du, batch, tile.first) + channel,
+                                 row<T>(p.ddelta, batch, tile.first) + channel,
+                                 p.du.token_stride,
+                                 p.ddelta.token_stride,
+                                 (int)(p.channels - channel),
+                                 load(p.D + channel),
+                                 *sums.dbias};
+  static_assert(kStatePad > kBackwardGroup, "the first group is not the last");
   for (int64_t first = 0; first < p.padded_states; first += kBackwardGroup) {
     const int64_t at = first * p.padded_channels + channel;
     for (int n = 0; n < kBackwardGroup; n++) {
@@ -135,9 +145,18 @@ void backward_block(const ScanProblem& p, int64_t batch, int64_t tile_index, Til
       recompute<true>(s, tile.tokens, p.padded_states, BC + first, dB_dC + first, inputs);
     else
       recompute<false>(s, tile.tokens, p.padded_states, BC + first, dB_dC + first, inputs);
-    reverse(s, tile.tokens, p.padded_states, BC + first, sums.adjoint + first, sums.dA + first, dB_dC + first, outputs);
+    auto walk_back = [&]<bool kFirst, bool kLast>() {
+      const BlockSums group = {sums.dD, sums.dbias, sums.dA + first, sums.adjoint + first};
+      reverse<kFirst, kLast>(s, tile.tokens, p.padded_states, BC + first, group, dB_dC + first, outputs, gradients);
+    };
+    if (first == 0)
+      walk_back.template operator()<true, false>();
+    else if (first + kBackwardGroup < p.padded_states)
+      walk_back.template operator()<false, false>();
+    else
+      walk_back.template operator()<false, true>();
   }
-  store_tile<T>(p, batch, tile, channel, s, sums.dbias);
+  *sums.dbias = gradients.dbias;
 }
 
 template <class T>
