@@ -1,5 +1,5 @@
 # MambaVision training with CUDA. Build:  docker build -t mambavision .
-#   docker run --gpus all --ipc=host -v /data/imagenet:/data -v $PWD/runs:/runs mambavision \
+#   docker run --gpus all --ipc=host -v /data/imagenet-ffcv:/data -v $PWD/runs:/runs mambavision \
 #       torchrun --standalone --nproc_per_node=8 train.py model=mambavision_t data.path=/data output_dir=/runs
 # On SLURM: enroot import dockerd://mambavision (pyxis) or apptainer build mambavision.sif docker-daemon://mambavision:latest,
 # then name it in slurm/env.sh.

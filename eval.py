@@ -4,8 +4,8 @@
 Examples:
     python eval.py checkpoint=runs/NAME                                   # the best checkpoint of a run, on its own data
     python eval.py checkpoint=PATH.pt data=ffcv data.path=DIR
-    python eval.py checkpoint=mambavision_tiny_1k.pth.tar model=mambavision_t data=folder data.path=DIR
-    torchrun --nproc_per_node=8 eval.py checkpoint=PATH.pt data.path=DIR  # each image is still counted once
+    python eval.py checkpoint=mambavision_tiny_1k.pth.tar data=folder data.path=DIR   # published: at its own size and crop
+    torchrun --standalone --nproc_per_node=8 eval.py checkpoint=PATH.pt data.path=DIR  # each image is still counted once
 """
 
 from __future__ import annotations

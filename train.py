@@ -2,8 +2,8 @@
 """Train a MambaVision classifier, or continue one: the same command does both.
 
     python train.py model=mambavision_nano data=ffcv data.path=DIR
-    torchrun --nproc_per_node=8 train.py model=mambavision_b data=ffcv data.path=DIR
-    torchrun --nproc_per_node=8 train.py -m optimizer.lr=1e-3,5e-3          # a sweep, point after point
+    torchrun --standalone --nproc_per_node=8 train.py model=mambavision_b data=ffcv data.path=DIR
+    torchrun --standalone --nproc_per_node=8 train.py -m optimizer.lr=1e-3,5e-3          # a sweep, point after point
     python train.py --run-dir model=mambavision_nano ...                    # print the run directory, train nothing
 
 Settings are written group=choice or key=value; conf/ holds the groups, mambavision/config.py describes every key.

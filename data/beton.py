@@ -86,11 +86,13 @@ class Beton:
 def open_beton(path: str | Path, *, image_field: str = "image", label_field: str = "label") -> Beton:
     """Read the tables of a .beton and check that every one of them lies where it says.
 
-    Raises FileNotFoundError, or ValueError naming what is wrong with the file.
+    Raises ValueError, naming what is wrong with the file.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; write it with scripts/prepare_data.py")
+        raise ValueError(
+            f"{path} is not there; write it with scripts/prepare_data.py, or read class folders with data=folder"
+        )
     size = path.stat().st_size
     with open(path, "rb") as file:
         header = _read(file, HEADER, 1, size, path)[0]

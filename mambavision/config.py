@@ -115,7 +115,7 @@ class TrainerConfig:
     mesa: MesaConfig = field(default_factory=MesaConfig)
     eval_every_epochs: int = 1
     log_every_steps: int = 50
-    agree_every_steps: int = 10  # ranks agree on stop signals every so many steps (and at epoch ends)
+    agree_every_steps: int = 10  # ranks agree on stop signals every so many steps, or 5 s where that is sooner
 
 
 @dataclass(frozen=True)

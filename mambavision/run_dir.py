@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ HARMLESS = (
     "trainer.eval_batch_size",
     "trainer.expected_gpus",
 )
-# Settings that may change what comes out, yet are a user's to change in the middle of a run; recorded, not refused.
+# Settings that may change what comes out, yet are a user's to change in the middle of a run; recorded, not refused. They
+# do not name the run either: whoever moves to other hardware, or follows a message's advice, continues it.
 ALLOWED = (
     "data.path",
     "data.decoder",
@@ -75,18 +77,19 @@ def belongs_to(key: str, groups: tuple[str, ...]) -> bool:
     return any(key == g or key.startswith(f"{g}.") for g in groups)
 
 
-def fingerprint(cfg: TrainConfig) -> str:
-    """Eight hex digits over every setting that decides what the run computes."""
-    flat = flatten(asdict(cfg))
-    # The length of the run and the place of the data do not make it another run, only a longer or a moved one.
-    named = {
-        k: v for k, v in flat.items() if not belongs_to(k, HARMLESS) and k not in ("trainer.max_steps", "data.path")
-    }
-    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
+def makes_another_run(key: str) -> bool:
+    """Whether a setting is part of a derived run name: those refused on resume, and where the weights began."""
+    return key == "model.checkpoint" or not belongs_to(key, (*HARMLESS, *ALLOWED))
+
+
+def settings_hash(cfg: TrainConfig, counts: Callable[[str], bool]) -> str:
+    """Eight hex digits over the settings that count."""
+    counted = {k: v for k, v in flatten(asdict(cfg)).items() if counts(k)}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_name(cfg: TrainConfig) -> str:
-    return cfg.run_name or f"{cfg.model.name}-{_data_name(cfg)}-{fingerprint(cfg)}"
+    return cfg.run_name or f"{cfg.model.name}-{_data_name(cfg)}-{settings_hash(cfg, makes_another_run)}"
 
 
 def run_directory(cfg: TrainConfig) -> str:

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 activate_venv
 
-DATA="${MAMBAVISION_DATA:-$HOME/.cache/mambavision/fashion_mnist}"
+DATA="${MAMBAVISION_DEMO_DATA:-$HOME/.cache/mambavision/fashion_mnist}"
 RUN_NAME=demo
 for argument in "$@"; do case "$argument" in run_name=*) RUN_NAME="${argument#run_name=}" ;; esac; done
 

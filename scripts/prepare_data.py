@@ -151,7 +151,7 @@ def find_fashion_mnist() -> Path:
             subprocess.run(install, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if _has_files(DEBIAN_FASHION_MNIST):
         return DEBIAN_FASHION_MNIST
-    root = Path(os.environ.get("MAMBAVISION_DATA", "~/.cache/mambavision")).expanduser()
+    root = Path(os.environ.get("MAMBAVISION_CACHE", "~/.cache/mambavision")).expanduser()
     downloaded = root / "FashionMNIST" / "raw"
     if not _has_files(downloaded):
         from torchvision.datasets import FashionMNIST

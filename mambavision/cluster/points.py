@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Override
 from mambavision.compose import CONF_DIR, check_command_line, compose_train_config
 from mambavision.config import TrainConfig
 from mambavision.config_checks import ConfigError
+from mambavision.run_dir import makes_another_run
 
 _MULTIRUN_FLAGS = ("-m", "--multirun")
 _NAME_LENGTH = 120  # file systems allow 255 bytes; W&B shows about this many
@@ -103,11 +104,17 @@ def place(cfg: TrainConfig, sweep: str, settings: Sequence[str]) -> TrainConfig:
     """The configuration of a sweep's point: its own directory, the sweep as W&B group, its settings as W&B tags.
 
     A derived run name (the hash of the configuration) already differs from point to point and is left alone, so that
-    two sweeps share the points they have in common.
+    two sweeps share the points they have in common; unless something is swept that is no part of such a name, as the
+    precision or the device.
     """
-    run_name = f"{sweep}/{point_name(settings)}" if cfg.run_name else ""
+    named = all(_is_part_of_a_name(s.split("=", 1)[0]) for s in settings)
+    run_name = "" if named and not cfg.run_name else f"{sweep}/{point_name(settings)}"
     tags = (*cfg.logger.tags, *(s[:_TAG_LENGTH] for s in settings))
     return replace(cfg, run_name=run_name, logger=replace(cfg.logger, group=cfg.logger.group or sweep, tags=tags))
+
+
+def _is_part_of_a_name(key: str) -> bool:
+    return makes_another_run(key) and key not in ("trainer", "logger")  # these groups hold little else
 
 
 def place_in_multirun(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def agree(trainer: Trainer) -> Decision:
     """What all ranks do next. Collective; refused steps are reported here, and too many of them undone."""
     refused = trainer.guard.read()
+    trainer.meetings.held(trainer.progress.step)
     if refused.steps:
         report(trainer, refused)
     wish = Decision.ROLL_BACK if trainer.guard.wants_rollback(refused) else Decision.CONTINUE

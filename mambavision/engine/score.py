@@ -18,6 +18,8 @@ from mambavision.engine.precision import autocast_context, resolve_precision
 from mambavision.models.pretrained import find_weights, load_weights, read_checkpoint
 from mambavision.run_dir import write_atomically
 
+# How a variant's published weights are scored.
+_PUBLISHED_SCORING = ("image_size", "crop_pct", "crop_mode")
 # What a run's evaluation depends on; taken over from a checkpoint of ours unless given.
 _IMPLIED_DATA = ("image_size", "crop_pct", "crop_mode", "eval_interpolation", "mean", "std")
 _IMPLIED_MODEL = ("architecture", "init", "window_padding")
@@ -32,7 +34,7 @@ def implied_overrides(given: list[str]) -> list[str]:
     content = read_checkpoint(find_file(path))
     config = content.get("config") if isinstance(content, dict) else None
     if not isinstance(config, dict):
-        return [] if "model" in keys else [f"model={variant_of(content, path)}"]
+        return _published_overrides(content, path, given, keys)
     implied = []
     if "model" not in keys:
         implied.append(f"model={config['model']['name']}")
@@ -47,6 +49,18 @@ def implied_overrides(given: list[str]) -> list[str]:
     return [o for o in implied if o.split("=", 1)[0] not in keys]
 
 
+def _published_overrides(content: Any, path: str, given: list[str], keys: set[str]) -> list[str]:
+    """For a file without our settings: its variant, and that variant's published image size and crop.
+
+    The model files in conf/ hold the crops of training runs, which for some variants are others.
+    """
+    name = next((o.split("=", 1)[1] for o in given if o.startswith("model=")), None) or variant_of(content, path)
+    implied = [f"model={name}"]
+    if name in VARIANTS:
+        implied += [f"data.{key}={getattr(VARIANTS[name], key)}" for key in _PUBLISHED_SCORING]
+    return [o for o in implied if o.split("=", 1)[0] not in keys]
+
+
 def _as_overrides(key: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [o for k, v in value.items() for o in _as_overrides(f"{key}.{k}", v)]
@@ -54,7 +68,11 @@ def _as_overrides(key: str, value: Any) -> list[str]:
 
 
 def variant_of(content: Any, path: str) -> str:
-    """The variant whose depths and widths a published file has."""
+    """The variant whose depths and widths a published file has.
+
+    Variants that differ only in their windows have the same weights: of these, the one whose image size stands in the
+    file's name, else the first in VARIANTS.
+    """
     state = find_weights(content, path)
     blocks = {tuple(name.split(".")[1:4:2]) for name in state if name.startswith("levels.") and ".blocks." in name}
     depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4))
@@ -62,7 +80,8 @@ def variant_of(content: Any, path: str) -> str:
     fitting = [name for name, v in VARIANTS.items() if tuple(v.depths) == depths and v.dim == dim]
     if not fitting:
         raise ValueError(f"{path} fits no known variant (depths {depths}, dim {dim}); say which with model=NAME")
-    return fitting[0]
+    named = [name for name in fitting if str(VARIANTS[name].image_size) in Path(path).name]
+    return (named or fitting)[0]
 
 
 def find_file(path: str) -> Path:
@@ -99,6 +118,7 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
         "model": cfg.model.name,
         "eval_set": cfg.eval_set,
         "precision": precision,
+        **{key: getattr(cfg.data, key) for key in _PUBLISHED_SCORING},
         **result,
     }
     if world.is_main:
@@ -134,7 +154,8 @@ def load_models(cfg: EvalConfig, content: Any, path: Path, device: torch.device)
 
 def report(record: dict[str, Any], models: dict[str, torch.nn.Module]) -> None:
     print(
-        f"{record['checkpoint']}: {record['model']}, {record['images']:,} images of {record['eval_set']}, {record['precision']}"
+        f"{record['checkpoint']}: {record['model']}, {record['images']:,} images of {record['eval_set']} at "
+        f"{record['image_size']} px (crop_pct {record['crop_pct']}, {record['crop_mode']}), {record['precision']}"
     )
     for prefix in models:
         name = "EMA weights" if prefix else "weights"

@@ -30,11 +30,14 @@ from mambavision.engine.stop import StopNotice
 from mambavision.engine.trainer import Trainer
 from mambavision.engine.watchdog import Watchdog
 from mambavision.ops.selective_scan import choose_backend
-from mambavision.run_dir import RunDirectory, fingerprint, run_directory
+from mambavision.run_dir import RunDirectory, belongs_to, run_directory, settings_hash
 from mambavision.run_history import no_progress_message, starts_without_progress
 from mambavision.run_lock import LockLost, RunLock
 from mambavision.telemetry.console import ConsoleSink
 from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
+
+# Settings in which nodes may differ: where things lie there, and what the node has.
+_OF_A_NODE = ("output_dir", "data.path", "data.num_workers", "data.os_cache", "trainer.threads", "logger", "debug")
 
 
 def run(cfg: TrainConfig) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def describe_data(loader: Any) -> dict[str, Any]:
 
 def agreed_run_directory(cfg: TrainConfig) -> str:
     """Rank 0's run directory, on every rank. Each rank composes its configuration alone, so that is compared here."""
-    hashes = distributed.gather_objects(fingerprint(cfg))
+    hashes = distributed.gather_objects(settings_hash(cfg, lambda key: not belongs_to(key, _OF_A_NODE)))
     if len(set(hashes)) > 1:
         raise ValueError(
             f"the ranks have composed different configurations (hashes by rank: {', '.join(hashes)}): give every "

@@ -17,6 +17,9 @@ from mambavision.distributed import World, agree
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _IMPATIENT = 3  # so many Ctrl-C end the process at once
+_HEEDED_WITHIN = (
+    5.0  # seconds: launchers kill 30 s (torchrun, Kubernetes) after their notice, and saving takes some too
+)
 
 
 class Decision(IntEnum):
@@ -73,6 +76,30 @@ class StopNotice:
         if decision is Decision.STOP and self.cause is None:
             self.cause = "notice on another rank"
         return decision
+
+
+class Meetings:
+    """After which steps the ranks meet to agree: every so many, and more often where steps are slow.
+
+    So a notice is heeded within seconds whatever a step takes: with 32 accumulated micro-batches that can be several.
+    """
+
+    def __init__(self, every: int):
+        self.every = every  # steps, at most
+        self.interval = 1  # until it is known how long a step takes
+        self.last: tuple[int, float] | None = None  # step and time of the meeting before
+
+    def due(self, step: int) -> bool:
+        return step % self.interval == 0
+
+    def held(self, step: int) -> None:
+        """Collective, after what the ranks waited for at this step: as often as the slowest rank needs it."""
+        now, wanted = time.monotonic(), 1
+        if self.last is not None and step > self.last[0]:
+            seconds_a_step = (now - self.last[1]) / (step - self.last[0])
+            wanted = min(self.every, max(1, int(_HEEDED_WITHIN / max(seconds_a_step, 1e-9))))
+        self.interval = self.every - agree(self.every - wanted)
+        self.last = step, now
 
 
 _IMPORT_TIME = time.time()

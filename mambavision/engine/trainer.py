@@ -25,7 +25,7 @@ from mambavision.engine.guard import Guard, name_first_not_finite
 from mambavision.engine.losses import mesa_loss, soft_target_cross_entropy
 from mambavision.engine.precision import autocast_context
 from mambavision.engine.progress import TrainProgress
-from mambavision.engine.stop import Decision, StopNotice
+from mambavision.engine.stop import Decision, Meetings, StopNotice
 from mambavision.engine.watchdog import Watchdog
 from mambavision.optim import ModelEma, build_optimizer, build_param_groups, global_grad_norm
 from mambavision.optim.schedule import LearningRate
@@ -88,6 +88,7 @@ class Trainer:
             capacity=cfg.trainer.agree_every_steps,
             fp16=precision == "fp16",
         )
+        self.meetings = Meetings(cfg.trainer.agree_every_steps)
         self.warm = False  # this process has taken a step
 
     # ---- position, all derived from progress -------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class Trainer:
                 step, at_end = self.progress.step, self.progress.step == end
                 if step % self.cfg.trainer.log_every_steps == 0 or at_end:
                     self.log_training()
-                is_boundary = step % self.cfg.trainer.agree_every_steps == 0 or self.guard.full or at_end
+                is_boundary = self.meetings.due(step) or self.guard.full or at_end
                 if is_boundary and recovery.agree(self) is Decision.STOP and step < self.last_step:
                     return "stop"
                 if self.checkpointer is not None and not at_end and self.checkpointer.due(step):

@@ -44,7 +44,7 @@ def reference(uninterrupted: Training) -> str:
 @pytest.fixture(scope="session")
 def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fashion-MNIST as .beton files: those that scripts/prepare_data.py has written before, else written now."""
-    known = Path(os.environ.get("MAMBAVISION_DATA", "~/.cache/mambavision/fashion_mnist")).expanduser()
+    known = Path(os.environ.get("MAMBAVISION_DEMO_DATA", "~/.cache/mambavision/fashion_mnist")).expanduser()
     if (known / "train.beton").exists() and (known / "val.beton").exists():
         return known
     directory = tmp_path_factory.mktemp("fashion_mnist")

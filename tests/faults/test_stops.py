@@ -79,7 +79,7 @@ def test_a_second_signal_while_the_first_is_saving_changes_nothing(train: Traine
 def test_a_signal_in_the_first_step_is_a_clean_stop(train: Trainer, reference: str) -> None:
     training = train.run("run", fault="term@0:1")
     assert training.status["status"] == "preempted"
-    assert training.status["step"] == 2
+    assert training.status["step"] == 1, "the ranks meet after the first steps, whose length they do not know yet"
     assert train.run("run").code == 0
     assert state_hash(training.directory) == reference
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambavision import create_model
+from mambavision import VARIANTS, create_model
 from mambavision.compose import compose_eval_config, compose_train_config
 from mambavision.engine.score import implied_overrides, score
 from mambavision.engine.session import run
@@ -50,10 +50,42 @@ def test_a_published_file_is_recognised_by_its_shape(tmp_path: Path):
     path = tmp_path / "published.pth.tar"
     torch.save({"state_dict": state, "args": argparse.Namespace(lr=0.005)}, path)
     given = [f"checkpoint={path}", "data=synthetic", "data.num_classes=10", "data.image_size=32"]
-    assert implied_overrides(given) == ["model=mambavision_t"]
+    assert implied_overrides(given) == ["model=mambavision_t", "data.crop_pct=1.0", "data.crop_mode=center"]
     result = evaluate(*given, "data.synthetic_eval_samples=3")
     assert result["images"] == 3
     assert "ema_top1" not in result
+
+
+@pytest.mark.parametrize(
+    ("variant", "file", "implied"),
+    [
+        ("mambavision_s", "mambavision_small_1k.pth.tar", ["mambavision_s", 224, 0.93, "center"]),
+        ("mambavision_t2", "mambavision_tiny2_1k.pth.tar", ["mambavision_t2", 224, 0.98, "center"]),
+        ("mambavision_l2", "mambavision_large2_1k.pth.tar", ["mambavision_l2", 224, 1.0, "center"]),
+        ("mambavision_l2", "mambavision_L2_21k_240m_512.pth.tar", ["mambavision_l2_512_21k", 512, 0.93, "squash"]),
+        (
+            "mambavision_l3_256_21k",
+            "mambavision_L3_21k_740m_512.pth.tar",
+            ["mambavision_l3_512_21k", 512, 0.93, "squash"],
+        ),
+    ],
+)
+def test_a_published_file_is_scored_as_published(variant: str, file: str, implied: list, tmp_path: Path):
+    """Its own image size and crop, not those of the training recipe in conf/model."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in create_model(variant).state_dict().items()}
+    one = torch.zeros(())
+    torch.save({"state_dict": {name: one.expand(shape) for name, shape in shapes.items()}}, tmp_path / file)
+    given = [f"checkpoint={tmp_path / file}"]
+    keys = ("model", "data.image_size", "data.crop_pct", "data.crop_mode")
+    assert implied_overrides(given) == [f"{key}={value}" for key, value in zip(keys, implied, strict=True)]
+    model = VARIANTS[implied[0]]
+    cfg = compose_eval_config([*implied_overrides(given), *given])
+    assert (cfg.data.image_size, cfg.data.crop_pct, cfg.data.crop_mode) == (
+        model.image_size,
+        model.crop_pct,
+        model.crop_mode,
+    )
 
 
 @pytest.mark.parametrize(

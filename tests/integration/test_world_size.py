@@ -47,3 +47,10 @@ def test_weights_and_statistics_of_two_ranks_equal_those_of_one(two_ranks_and_on
     )
     for name, value in two.items():
         torch.testing.assert_close(value, one[name], rtol=2e-3, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_ranks_with_other_settings_are_refused_before_any_work(tmp_path: Path):
+    result = train("experiment=tiny", f"output_dir={tmp_path}", "trainer.agree_every_steps=1{RANK}", ranks=2)
+    assert result.returncode != 0
+    assert "the ranks have composed different configurations" in result.stderr
+    assert not list(tmp_path.iterdir())

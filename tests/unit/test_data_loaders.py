@@ -210,8 +210,16 @@ def test_workers_ignore_signals_and_a_killed_one_ends_the_run(config):
     ],
 )
 def test_data_that_is_not_there_is_answered_with_advice(settings, advice):
-    with pytest.raises((ValueError, FileNotFoundError), match=advice):
+    with pytest.raises(ValueError, match=advice):
         train_loader(DataConfig(**settings))
+
+
+def test_class_folders_given_as_beton_files_are_answered_with_both_ways_out(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match=r"train.beton is not there; write it with .*prepare_data.py, or .*data=folder"
+    ):
+        train_loader(DataConfig(source="ffcv", path=str(tmp_path)))
 
 
 def test_an_epoch_through_ffcv_leaves_torchs_threads_alone(config):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mambavision.run_dir import RunDirectory, write_atomically
+from mambavision.compose import compose_train_config
+from mambavision.run_dir import RunDirectory, run_name, write_atomically
 from mambavision.run_history import starts, starts_without_progress
 from mambavision.run_lock import LockLost, RunLock
 
@@ -90,6 +91,33 @@ def test_an_owner_whose_lock_was_taken_learns_it_at_its_next_heartbeat(tmp_path:
             owner.refresh()
     owner.release()
     assert owner.path.exists(), "it is not ours to remove"
+
+
+BASE = ("model=mambavision_t", "data.path=/data/imagenet")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "trainer=gpu1",
+        "trainer=cpu",
+        "trainer.precision=fp32",
+        "trainer.max_steps=5",
+        "guard.max_rollbacks=2",
+        "data.max_corrupt_fraction=0.5",
+        "data.path=/scratch/imagenet",
+        "checkpoint.keep_last=5",
+    ],
+)
+def test_what_may_change_on_resume_finds_the_same_run(change: str) -> None:
+    assert run_name(compose_train_config([*BASE, change])) == run_name(compose_train_config([*BASE]))
+
+
+@pytest.mark.parametrize("change", ["optimizer.lr=0.004", "seed=1", "augment=light", "model.checkpoint={file}"])
+def test_what_makes_another_run_gives_another_name(change: str, tmp_path: Path) -> None:
+    (tmp_path / "start.pt").touch()
+    changed = compose_train_config([*BASE, change.format(file=tmp_path / "start.pt")])
+    assert run_name(changed) != run_name(compose_train_config([*BASE]))
 
 
 def test_other_data_is_refused_unless_allowed(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mambavision.distributed import BatchNormAverager, World
 from mambavision.engine import faults
 from mambavision.engine.guard import Guard, TrainingFailed, name_first_not_finite
 from mambavision.engine.progress import TrainProgress
-from mambavision.engine.stop import Decision, StopNotice
+from mambavision.engine.stop import Decision, Meetings, StopNotice
 from mambavision.engine.watchdog import Watchdog, read_heartbeats
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
@@ -111,6 +111,22 @@ def test_a_signal_is_remembered_until_the_ranks_agree(tmp_path: Path, number: in
         assert stop.cause == signal.Signals(number).name
         assert stop.agreed(Decision.ROLL_BACK) is Decision.ROLL_BACK
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("step_seconds", "interval"), [(0.02, 10), (0.7, 7), (3.3, 1), (60.0, 1)])
+def test_slow_steps_make_the_ranks_meet_more_often(
+    step_seconds: float, interval: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("mambavision.engine.stop.time.monotonic", lambda: clock[0])
+    meetings, held = Meetings(10), []
+    for step in range(1, 61):
+        clock[0] += step_seconds
+        if meetings.due(step):
+            meetings.held(step)
+            held.append(step)
+    assert held[:2] == [1, 2], "until it is known how long a step takes"
+    assert held[2:] == [step for step in range(3, 61) if step % interval == 0]
 
 
 def test_an_old_stop_file_is_removed_a_new_one_counts(tmp_path: Path) -> None:

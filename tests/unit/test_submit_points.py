@@ -24,6 +24,13 @@ def test_each_point_has_its_own_directory_with_and_without_a_run_name() -> None:
     assert directories[0] == "runs/lr/optimizer.lr=0.001"
 
 
+@pytest.mark.parametrize("swept", ["trainer.precision=fp32,bf16", "trainer=cpu,a100x8", "guard.max_rollbacks=0,1"])
+def test_points_that_differ_in_nothing_that_names_a_run_have_their_own_directories_too(swept: str) -> None:
+    found = points.expand([*TINY, swept])
+    assert [run_directory(p.cfg).split("/", 2)[2] for p in found] == [p.name for p in found]
+    assert len({run_directory(p.cfg) for p in found}) == 2
+
+
 def test_a_point_is_one_plain_command_that_gives_the_same_run() -> None:
     for point in points.expand([*TINY, "run_name=a b", "model.architecture.depths=[1,1,2,2],[1,1,1,1]", "seed=3"]):
         again = compose_train_config(list(point.overrides))

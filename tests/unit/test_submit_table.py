@@ -103,6 +103,5 @@ def test_what_would_be_refused_is_found_before_anything_starts(tmp_path: Path) -
 
 
 def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:
-    # The number of workers is no part of a run's name.
-    twice = points.expand(["experiment=tiny", f"output_dir={tmp_path}", "data.num_workers=1,2"])
-    assert "the same run as data.num_workers=1" in problems_before_start(twice, world_size=1)[0]
+    twice = points.expand(["experiment=tiny", f"output_dir={tmp_path}", "optimizer.lr=1e-3,0.001"])
+    assert "the same run as optimizer.lr=0.001" in problems_before_start(twice, world_size=1)[0]
