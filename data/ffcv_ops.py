@@ -90,7 +90,8 @@ class GivenOrder(TraversalOrder):
 class GuardedIterator(EpochIterator):
     """FFCV's producer thread, watched: its exception is raised here, its silence is reported, its end is certain.
 
-    The stock iterator waits for ever on the queue of a thread that has died.
+    The stock iterator waits for ever on the queue of a thread that has died, and lets a slot be filled anew while the GPU
+    has yet to copy it.
     """
 
     def __init__(self, loader: object, order: np.ndarray, *, rank: int, stall_warning: float, timeout: float):
@@ -103,6 +104,16 @@ class GuardedIterator(EpochIterator):
             super().run()
         except BaseException as error:  # whatever it is, it is raised again where batches are asked for
             self.error = error
+
+    def run_pipeline(self, number: int, samples: np.ndarray, slot: int, copied: torch.cuda.Event | None) -> tuple:
+        """Decode a batch into a slot, once what was asked of the GPU with its last content is done.
+
+        FFCV only makes a stream wait for that event, while the decoder writes from the host: wherever the loader is faster
+        than the GPU, images would be overwritten under their labels.
+        """
+        if copied is not None:
+            copied.synchronize()
+        return super().run_pipeline(number, samples, slot, copied)
 
     def __next__(self) -> tuple:
         watch = self.start_watch()

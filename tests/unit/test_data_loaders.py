@@ -172,6 +172,22 @@ def test_an_exception_in_ffcvs_thread_reaches_the_caller(config, monkeypatch):
     assert time.monotonic() - started < 10
 
 
+def test_a_slot_is_decoded_into_only_after_the_gpu_has_read_it(monkeypatch):
+    from data import ffcv_ops
+
+    happened = []
+
+    class Event:
+        def synchronize(self) -> None:
+            happened.append("read")
+
+    monkeypatch.setattr(ffcv_ops.EpochIterator, "run_pipeline", lambda *_: happened.append("decoded"))
+    iterator = ffcv_ops.GuardedIterator.__new__(ffcv_ops.GuardedIterator)
+    iterator.run_pipeline(0, np.arange(3), 0, None)  # a slot's first batch
+    iterator.run_pipeline(5, np.arange(3), 0, Event())
+    assert happened == ["decoded", "read", "decoded"]
+
+
 @pytest.mark.slow
 def test_a_stall_is_named_and_then_ends(config, monkeypatch, caplog):
     from data import ffcv_ops
