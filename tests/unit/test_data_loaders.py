@@ -182,7 +182,8 @@ def test_a_slot_is_decoded_into_only_after_the_gpu_has_read_it(monkeypatch):
             happened.append("read")
 
     monkeypatch.setattr(ffcv_ops.EpochIterator, "run_pipeline", lambda *_: happened.append("decoded"))
-    iterator = ffcv_ops.GuardedIterator.__new__(ffcv_ops.GuardedIterator)
+    iterator = ffcv_ops.GuardedIterator.__new__(ffcv_ops.GuardedIterator)  # no thread
+    iterator.close = lambda: None
     iterator.run_pipeline(0, np.arange(3), 0, None)  # a slot's first batch
     iterator.run_pipeline(5, np.arange(3), 0, Event())
     assert happened == ["decoded", "read", "decoded"]
