@@ -10,8 +10,10 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,29 @@ class RunLock:
             return True
         finally:
             claim.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def heartbeat(self, lost: Callable[[str], None]) -> Iterator[None]:
+        """Keep the lock fresh from a thread of its own, whatever the caller does meanwhile: opening data can take minutes.
+
+        lost(message): called once, if another process has taken the lock over.
+        """
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(self.heartbeat_seconds):
+                try:
+                    self.refresh()
+                except LockLost as error:
+                    return lost(str(error))
+
+        thread = threading.Thread(target=beat, name="run lock", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def refresh(self) -> None:
         """A heartbeat. Raises LockLost if the lock has been taken over."""

@@ -18,7 +18,7 @@ from mambavision.telemetry.sinks import Telemetry
 
 
 @contextlib.contextmanager
-def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World) -> Iterator[RunLock]:
+def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World, stop: StopNotice) -> Iterator[RunLock]:
     """The run directory, made and held by rank 0. Raises ValueError, on every rank, where another training holds it."""
     lock = RunLock(run_dir.path, cfg.watchdog.heartbeat_seconds)
 
@@ -35,7 +35,8 @@ def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World) -> Iterator[Ru
 
     distributed.on_main(world, acquire)
     try:
-        yield lock
+        with lock.heartbeat(stop.give) if world.is_main else contextlib.nullcontext():
+            yield lock
     finally:
         with contextlib.suppress(OSError):  # what stays is recognised as a dead process's
             lock.release()

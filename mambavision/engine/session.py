@@ -32,7 +32,6 @@ from mambavision.engine.watchdog import Watchdog
 from mambavision.ops.selective_scan import choose_backend
 from mambavision.run_dir import RunDirectory, belongs_to, run_directory, settings_hash
 from mambavision.run_history import no_progress_message, starts_without_progress
-from mambavision.run_lock import LockLost, RunLock
 from mambavision.telemetry.console import ConsoleSink
 from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
 
@@ -60,7 +59,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
     precision = resolve_precision(cfg.trainer.precision, world)
     with contextlib.ExitStack() as parts:
         stop = parts.enter_context(StopNotice(world, run_dir.stop_file))
-        lock = parts.enter_context(locked(run_dir, cfg, world))
+        lock = parts.enter_context(locked(run_dir, cfg, world, stop))
         parts.enter_context(failures_in_status(run_dir, world, lock))
         distributed.on_main(world, lambda: check_before_start(run_dir, cfg, stop))
 
@@ -94,7 +93,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
             if world.is_main
             else None,
             stop=stop,
-            watchdog=parts.enter_context(build_watchdog(cfg, world, run_dir, telemetry, stop, lock)),
+            watchdog=parts.enter_context(build_watchdog(cfg, world, run_dir, telemetry, stop)),
             directory=run_dir.path,
         )
         try:
@@ -110,14 +109,8 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def build_watchdog(
-    cfg: TrainConfig, world: World, run_dir: RunDirectory, telemetry: Telemetry, stop: StopNotice, lock: RunLock
+    cfg: TrainConfig, world: World, run_dir: RunDirectory, telemetry: Telemetry, stop: StopNotice
 ) -> Watchdog:
-    def on_beat() -> None:
-        try:
-            lock.refresh()
-        except LockLost as lost:
-            stop.give(str(lost))
-
     return Watchdog(
         world,
         run_dir.path,
@@ -125,7 +118,6 @@ def build_watchdog(
         log=telemetry.log,
         notice=stop.give,
         data_warning_seconds=cfg.data.stall_warning_seconds,
-        on_beat=on_beat,
     )
 
 

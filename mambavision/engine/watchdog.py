@@ -39,12 +39,11 @@ class Watchdog:
         log: Callable[..., None],
         notice: Callable[[str], None],
         data_warning_seconds: float,
-        on_beat: Callable[[], None] = lambda: None,
     ):
         """directory: the run's. log(event, **fields): the run's log (no sinks on ranks other than 0).
-        notice(cause): asks the run to stop. on_beat: called at every heartbeat, outside the training thread."""
+        notice(cause): asks the run to stop."""
         self.world, self.directory, self.cfg = world, directory, cfg
-        self.log, self.notice, self.on_beat = log, notice, on_beat
+        self.log, self.notice = log, notice
         self.data_warning_seconds = data_warning_seconds
         self.host = socket.gethostname()
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ else None
@@ -111,7 +110,6 @@ class Watchdog:
             if now - last_beat >= self.cfg.heartbeat_seconds:
                 last_beat = now
                 self._write()
-                self.on_beat()
             still = now - self.moved
             if still < _TICK_SECONDS * 2:
                 reported_stall = reported_data = False

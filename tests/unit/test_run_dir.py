@@ -80,6 +80,24 @@ def test_one_who_died_while_taking_over_holds_up_the_next_only_for_a_while(tmp_p
     assert [file.name for file in tmp_path.iterdir()] == ["LOCK"]
 
 
+def test_the_lock_of_a_start_that_takes_long_stays_fresh_on_another_host(tmp_path: Path) -> None:
+    owner = RunLock(tmp_path, 0.1)
+    owner.acquire()
+    record = json.loads(owner.path.read_text())
+    owner.path.write_text(json.dumps(record | {"host": "elsewhere"}))
+    said: list[str] = []
+    with owner.heartbeat(said.append):
+        with pytest.raises(ValueError, match="in use by another training"):
+            RunLock(tmp_path, 0.1).acquire()
+        assert not said
+        owner.path.write_text(json.dumps(record | {"token": "other", "host": "elsewhere", "pid": 9}))
+        deadline = time.monotonic() + 5
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert "taken over by pid 9 on elsewhere" in said[0]
+    assert RunLock(tmp_path, 0.1).acquire() == "pid 9 on elsewhere", "nothing keeps it fresh any more"
+
+
 def test_an_owner_whose_lock_was_taken_learns_it_at_its_next_heartbeat(tmp_path: Path) -> None:
     owner = RunLock(tmp_path, 0.1)
     owner.acquire()
