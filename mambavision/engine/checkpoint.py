@@ -55,8 +55,16 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Oldest first; complete or damaged alike."""
-    return sorted(p for p in directory.glob("step_*.pt") if p.stem.removeprefix("step_").isdigit())
+    """Oldest first; complete or damaged alike.
+
+    By the samples that had been seen, as the sidecars say: a larger global batch has lower step numbers further on. One
+    that does not say comes after the step before it.
+    """
+    samples, order = 0, {}
+    for path in sorted(p for p in directory.glob("step_*.pt") if p.stem.removeprefix("step_").isdigit()):
+        samples = (read_sidecar(path) or {}).get("samples_seen", samples)
+        order[path] = samples
+    return sorted(order, key=order.__getitem__)  # stable: equal ones stay in the order of their numbers
 
 
 def best_of(paths: list[Path]) -> Path | None:

@@ -206,7 +206,7 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
 
     def accept() -> None:
         """The checkpoint fits: only now is anything of the earlier starts changed."""
-        step = 0 if path is None else checkpoint.step_of(path)
+        step = trainer.progress.step
         counted = starts_without_progress(run_dir.path, step)
         if len(counted) >= cfg.max_restarts_without_progress:
             raise ValueError(no_progress_message(counted, step, trainer.train_loader.steps_per_epoch))

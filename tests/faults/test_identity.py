@@ -54,6 +54,18 @@ def test_another_global_batch_is_refused_and_if_allowed_continues_at_the_same_sa
     assert checkpoint.load(newest(allowed.directory))["progress"]["samples_seen"] == 12 * 16 + 24 * 8
 
 
+def test_a_larger_global_batch_continues_and_is_continued_though_its_steps_have_lower_numbers(train: Trainer) -> None:
+    larger = ("trainer.global_batch_size=32", "resume.allow=[trainer.global_batch_size]")
+    stop_at(train, 12)  # of 8 steps an epoch; 4 with the larger batch: step 6
+    stopped = train.run("run", *larger, "trainer.max_steps=8", ranks=1)
+    assert stopped.events("start")[-1]["step"] == 6
+    again = train.run("run", *larger, ranks=1)
+    assert again.events("start")[-1]["step"] == 8
+    assert again.events("start")[-1]["resumed_from"] == "step_00000008.pt"
+    assert newest(again.directory) == again.directory / "checkpoints" / f"step_{again.status['step']:08d}.pt"
+    assert checkpoint.load(newest(again.directory))["progress"]["step"] == again.status["step"] == 12
+
+
 @pytest.mark.parametrize(
     ("override", "difference"),
     [
