@@ -10,6 +10,7 @@ import gc
 import importlib
 import inspect
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -60,7 +61,9 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
         raise ValueError(
             "trainer.device=cuda, but torch sees no CUDA device here; type trainer=cpu (or trainer.device=auto)"
         )
-    if use_cuda and local_rank >= torch.cuda.device_count():
+    if (
+        use_cuda and local_world_size > torch.cuda.device_count()
+    ):  # on every rank, as the first is the one that is heard
         raise ValueError(
             f"{local_world_size} processes on this node, but only {torch.cuda.device_count()} CUDA devices; "
             f"type --nproc_per_node={torch.cuda.device_count()}"
@@ -79,6 +82,22 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
         local_world_size,
         torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
     )
+
+
+def check_same_devices(world: World) -> None:
+    """Collective. With `auto` each rank decides for itself, and one node may have lost its GPUs.
+
+    Raises:
+        ValueError: on every rank, if some compute on CUDA and some on the CPU; names the hosts of the fewer.
+    """
+    by_rank = gather_objects((world.device.type, socket.gethostname()))
+    hosts = {kind: sorted({host for k, host in by_rank if k == kind}) for kind, _ in by_rank}
+    if len(hosts) > 1:
+        odd = min(hosts, key=lambda kind: len(hosts[kind]))
+        raise ValueError(
+            f"the ranks on {', '.join(hosts[odd])} would compute on {odd}, the others not: look at nvidia-smi there, leave "
+            "these hosts out (sbatch --exclude=...), or say trainer.device=cuda or cpu"
+        )
 
 
 def join_group(backend: str, **arguments: Any) -> None:

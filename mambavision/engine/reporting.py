@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def log_training(trainer: Trainer) -> float:
-    """Logs what the meters have summed since the last call and returns the mean loss of it. Collective."""
+    """Logs what the meters have summed since the last call; returns its mean cross-entropy. Collective."""
     measured, progress = trainer.meters.flush(), trainer.progress
     remaining = (trainer.last_step - progress.step) * measured["speed/step_seconds"]
     trainer.telemetry.log(
@@ -26,4 +26,4 @@ def log_training(trainer: Trainer) -> float:
     )
     if trainer.world.world_size > 1:
         trainer.telemetry.log("ranks", step=progress.step, **trainer.meters.by_rank)
-    return measured["train/loss"]
+    return measured["train/loss"] - measured.get("train/mesa_loss", 0.0)

@@ -102,6 +102,7 @@ def find_file(path: str) -> Path:
 def score(cfg: EvalConfig) -> dict[str, Any]:
     """Evaluate, print, and write the JSON file. Returns what was written."""
     world = distributed.init_world(cfg.device)
+    distributed.check_same_devices(world)
     precision = resolve_precision(cfg.precision, world)
     path = find_file(cfg.checkpoint)
     content = read_checkpoint(path)

@@ -50,6 +50,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
     world = distributed.init_world(
         cfg.trainer.device, cfg.watchdog.init_timeout_seconds, cfg.watchdog.start_timeout_seconds
     )
+    distributed.check_same_devices(world)
     distributed.set_timeout(cfg.watchdog.init_timeout_seconds)  # an earlier job of a sweep has left the shorter one
     run_dir = RunDirectory(Path(agreed_run_directory(cfg)))
     plan = batch_plan(cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size, world.world_size)

@@ -27,7 +27,7 @@ from mambavision.engine.precision import autocast_context
 from mambavision.engine.progress import TrainProgress
 from mambavision.engine.stop import Decision, Meetings, StopNotice
 from mambavision.engine.watchdog import Watchdog
-from mambavision.optim import ModelEma, build_optimizer, build_param_groups, global_grad_norm
+from mambavision.optim import ModelEma, build_optimizer, build_param_groups, global_grad_norm, load_optimizer_state
 from mambavision.optim.schedule import LearningRate
 from mambavision.run_dir import plain
 from mambavision.telemetry.meters import StepMeters
@@ -161,8 +161,8 @@ class Trainer:
             with self.sync_gradients_on_last(index):
                 with self.autocast():
                     logits = faults.spoil(self.model(images), self.progress.step)
-                    loss = self.loss(logits, images, targets) / self.plan.accum_steps
-                self.meters.add_loss(loss)
+                    loss, mesa = self.loss(logits, images, targets)
+                self.meters.add_loss(loss, mesa)
                 self.scaler.scale(loss).backward()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
@@ -180,14 +180,15 @@ class Trainer:
         self.meters.add_step(grad_norm, self.plan.global_batch_size)
         self.progress.advance(self.plan.global_batch_size)
 
-    def loss(self, logits: Tensor, images: Tensor, targets: Tensor) -> Tensor:
-        loss = soft_target_cross_entropy(logits, targets)
-        if self.mesa_is_on:
-            with torch.no_grad():
-                ema_logits = self.ema.module(images)
-            mesa = self.cfg.trainer.mesa
-            loss = loss + mesa.weight * mesa_loss(logits, ema_logits, mesa.temperature)
-        return loss
+    def loss(self, logits: Tensor, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A micro-batch's share of the step's loss, and how much of that is MESA's, where it is on."""
+        cross_entropy = soft_target_cross_entropy(logits, targets)
+        if not self.mesa_is_on:
+            return cross_entropy / self.plan.accum_steps, None
+        with torch.no_grad():
+            ema_logits = self.ema.module(images)
+        mesa = self.cfg.trainer.mesa.weight * mesa_loss(logits, ema_logits, self.cfg.trainer.mesa.temperature)
+        return (cross_entropy + mesa) / self.plan.accum_steps, mesa / self.plan.accum_steps
 
     def micro_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for _ in range(self.plan.accum_steps):
@@ -213,11 +214,15 @@ class Trainer:
         return contextlib.nullcontext() if last or not distributed.is_distributed() else self.model.no_sync()
 
     def finish_epoch(self) -> None:
-        """Evaluate where it is due, then keep the state together with the score."""
+        """Evaluate where it is due, then keep the state together with the score.
+
+        It is kept before as well: an evaluation may outlast the time that launchers give after their notice.
+        """
         epochs_done = self.progress.step // self.train_loader.steps_per_epoch
         last = self.progress.step == self.last_step
         due = last or (self.at_epoch_end and epochs_done % self.cfg.trainer.eval_every_epochs == 0)
         if due:
+            self.save()
             self.evaluate(epochs_done)
         self.save(again=due)
 
@@ -230,9 +235,9 @@ class Trainer:
         self.telemetry.log("eval", epoch=epochs_done, **self.last_eval)
 
     def log_training(self) -> None:
-        loss = reporting.log_training(self)
-        if self.guard.collapsed(loss, self.progress.step):
-            recovery.on_collapse(self, loss)
+        cross_entropy = reporting.log_training(self)
+        if self.guard.collapsed(cross_entropy, self.progress.step):
+            recovery.on_collapse(self, cross_entropy)
 
     def after_first_step(self) -> None:
         """What takes long (data, compilation) is over, so from now on a silent rank is a broken one."""
@@ -276,8 +281,9 @@ class Trainer:
         self.raw_model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"] if state["ema"] is not None else state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        if state["scaler"]:  # empty unless the precision was fp16
+            self.scaler.load_state_dict(state["scaler"])
 
     def save(self, *, wait: bool = False, again: bool = False) -> None:
         """Rank 0 writes; with `wait` every rank returns only when the checkpoint is on disk. again: even if it is."""

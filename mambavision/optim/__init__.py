@@ -1,6 +1,6 @@
 """LAMB, parameter groups, gradient clip, EMA; the learning rate's schedule is in `schedule`."""
 
-from mambavision.optim.build import OPTIMIZERS, SGD, AdamW, TorchOptimizerLamb, build_optimizer
+from mambavision.optim.build import OPTIMIZERS, SGD, AdamW, TorchOptimizerLamb, build_optimizer, load_optimizer_state
 from mambavision.optim.clip import global_grad_norm
 from mambavision.optim.ema import ModelEma
 from mambavision.optim.lamb import Lamb
@@ -16,4 +16,5 @@ __all__ = [
     "build_optimizer",
     "build_param_groups",
     "global_grad_norm",
+    "load_optimizer_state",
 ]

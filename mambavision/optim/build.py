@@ -32,6 +32,24 @@ def build_optimizer(cfg: OptimizerConfig, param_groups: list[dict]) -> Optimizer
     raise ValueError(f"optimizer.name={cfg.name!r} is not known; use one of {', '.join(OPTIMIZERS)}")
 
 
+def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
+    """What a checkpoint's optimizer has gathered, under the settings and in the memory layout of this start.
+
+    torch takes the settings from the checkpoint as well, and moments as they lie there, which fused kernels would pair with
+    the wrong elements of parameters in another memory format.
+    """
+    progress = ("params", "param_names", "step")  # of a group; everything else in it is a setting
+    settings = [{k: v for k, v in group.items() if k not in progress} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for parameter, gathered in optimizer.state.items():
+        for name, value in gathered.items():
+            is_moment = isinstance(value, Tensor) and value.shape == parameter.shape
+            if is_moment and value.stride() != parameter.stride():
+                gathered[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 class _ClippedFusedStep:
     """Gives torch's fused optimizers the step of this package: their kernels take the divisor and the verdict."""
 

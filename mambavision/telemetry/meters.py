@@ -26,6 +26,7 @@ class StepMeters:
 
     def reset(self) -> None:
         self.loss_sum = torch.zeros((), device=self.device)
+        self.mesa_sum: Tensor | None = None  # of MESA's part of the loss, once there was one
         self.grad_norm_sum = torch.zeros((), device=self.device)
         self.steps = 0
         self.images = 0
@@ -38,9 +39,14 @@ class StepMeters:
         self.step_loss = torch.zeros((), device=self.device)
         self.step_start, self.own_end = self._now(), None
 
-    def add_loss(self, loss: Tensor) -> None:
-        """A micro-batch's share of the step's loss (divided by the accumulation steps); called before its backward."""
+    def add_loss(self, loss: Tensor, mesa: Tensor | None = None) -> None:
+        """A micro-batch's share of the step's loss (divided by the accumulation steps); called before its backward.
+
+        mesa: MESA's part of it, told apart because a blind guess is known by its cross-entropy.
+        """
         self.step_loss += loss.detach()
+        if mesa is not None:
+            self.mesa_sum = mesa.detach() if self.mesa_sum is None else self.mesa_sum + mesa.detach()
         self.own_end = self._now()
 
     def _now(self) -> Any:
@@ -67,16 +73,17 @@ class StepMeters:
         other ranks not) and of waiting for data.
         """
         steps = max(self.steps, 1)
-        values = torch.stack([self.loss_sum, self.grad_norm_sum]).double().cpu()
+        mesa_sum = torch.zeros_like(self.loss_sum) if self.mesa_sum is None else self.mesa_sum
+        values = torch.stack([self.loss_sum, self.grad_norm_sum, mesa_sum]).double().cpu()
         own_seconds = self.own_seconds + sum(start.elapsed_time(end) for start, end in self.own_events) / 1000
         rows = (
             gather_rows(torch.cat([values, torch.tensor([self.data_seconds, own_seconds], dtype=torch.float64)]))
             / steps
         )
-        loss, grad_norm, data_seconds, _ = rows.mean(0).tolist()
+        loss, grad_norm, mesa, data_seconds, _ = rows.mean(0).tolist()
         seconds = (time.perf_counter() - self.start) / steps
-        own = rows[:, 3].tolist()
-        self.by_rank = {"hosts": self.hosts, "own_seconds": own, "data_seconds": rows[:, 2].tolist()}
+        own = rows[:, 4].tolist()
+        self.by_rank = {"hosts": self.hosts, "own_seconds": own, "data_seconds": rows[:, 3].tolist()}
         result = {
             "train/loss": loss,
             "train/grad_norm": grad_norm,
@@ -86,6 +93,8 @@ class StepMeters:
             "speed/slowest_rank": own.index(max(own)),
             "speed/slowest_rank_ratio": max(own) / max(statistics.median_low(own), 1e-9),
         }
+        if self.mesa_sum is not None:
+            result["train/mesa_loss"] = mesa  # part of train/loss
         self.reset()
         return result
 

@@ -75,6 +75,15 @@ def test_a_run_killed_in_its_last_evaluation_makes_up_for_it(train: Trainer, ref
     assert state_hash(again.directory) == reference
 
 
+def test_a_kill_in_a_long_evaluation_loses_no_step(train: Trainer, reference: str) -> None:
+    killed = train.start("run", "checkpoint.every_steps=null", fault="sleep600@8/evaluate", ranks=1)
+    killed.wait_for(lambda: valid_steps(killed.directory) == [8])
+    killed.kill()
+    again = train.run("run")
+    assert again.events("start")[-1]["step"] == 8
+    assert [e["step"] for e in again.events("eval")] == [8, 16, STEPS]
+
+
 @pytest.mark.parametrize("fault", ["raise", "exit"])
 def test_one_rank_that_gives_up_takes_the_job_down_and_is_named(train: Trainer, fault: str) -> None:
     failed = train.start("run", fault=f"{fault}@7:1")

@@ -50,8 +50,20 @@ def test_mesa_adds_its_loss_after_its_start(tmp_path: Path):
     run(compose_train_config([*base, "run_name=plain"]))
     run(compose_train_config([*base, "run_name=mesa", "trainer.mesa.weight=1.0", "trainer.mesa.start_fraction=0.4"]))
     plain, mesa = (
-        [e["train/loss"] for e in read_events(tmp_path / name / "metrics.jsonl") if e["event"] == "train"]
+        [e for e in read_events(tmp_path / name / "metrics.jsonl") if e["event"] == "train"]
         for name in ("plain", "mesa")
     )
-    assert plain[:2] == mesa[:2]  # epoch 0 of 2: 0 > 0.4 does not hold
-    assert mesa[2] > plain[2]
+    for before in (0, 1):  # epoch 0 of 2: 0 > 0.4 does not hold
+        assert plain[before]["train/loss"] == mesa[before]["train/loss"]
+        assert "train/mesa_loss" not in mesa[before]
+    assert mesa[2]["train/mesa_loss"] > 0
+    assert mesa[2]["train/loss"] - mesa[2]["train/mesa_loss"] == pytest.approx(plain[2]["train/loss"], rel=1e-6)
+
+
+def test_a_strong_mesa_is_not_taken_for_a_collapse(tmp_path: Path):
+    """A blind guess is known by its cross-entropy, which the distance to the moving average is no part of."""
+    words = ["experiment=tiny", "logger=jsonl", "logger.console=off", f"output_dir={tmp_path}", "run_name=x"]
+    words += ["trainer.mesa.weight=6", "trainer.log_every_steps=3", "trainer.threads=1"]
+    assert run(compose_train_config(words))["status"] == "finished"
+    losses = [e["train/loss"] for e in read_events(tmp_path / "x" / "metrics.jsonl") if e["event"] == "train"]
+    assert max(losses[5:]) > 2.3026, "else this shows nothing: ln 10 is the loss of a blind guess"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mambavision.distributed import close_world, join_group
+from mambavision.distributed import World, check_same_devices, close_world, init_world, join_group
 from mambavision.world_end import world_left_at_end
 
 TASKS = Path("/proc/self/task")
@@ -83,3 +83,24 @@ def test_a_command_that_fails_does_not_wait_for_the_groups_threads(group: None, 
     with pytest.raises(type(failure)), world_left_at_end():
         raise failure
     assert dist.is_initialized()
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_more_ranks_than_gpus_is_answered_on_every_rank(local_rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first rank of a node is heard, and it has a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 2, "RANK": local_rank, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="2 processes on this node, but only 1 CUDA devices; type --nproc_per_node=1"):
+        init_world("auto")
+
+
+def test_a_node_that_has_lost_its_gpus_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(0, 4, 0, 2, torch.device("cuda", 0))
+    seen = [("cuda", "n1"), ("cuda", "n2"), ("cuda", "n2"), ("cuda", "n1")]
+    monkeypatch.setattr("mambavision.distributed.gather_objects", lambda mine: seen)
+    check_same_devices(world)
+    seen += [("cpu", "n7"), ("cpu", "n7")]
+    with pytest.raises(ValueError, match="the ranks on n7 would compute on cpu, the others not: .*--exclude"):
+        check_same_devices(world)

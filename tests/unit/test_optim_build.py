@@ -10,7 +10,13 @@ from torch import nn
 
 from mambavision import create_model
 from mambavision.config import OptimizerConfig
-from mambavision.optim import OPTIMIZERS, build_optimizer, build_param_groups, global_grad_norm
+from mambavision.optim import (
+    OPTIMIZERS,
+    build_optimizer,
+    build_param_groups,
+    global_grad_norm,
+    load_optimizer_state,
+)
 
 
 def group_of(model: nn.Module, rule: str) -> dict[str, str]:
@@ -136,3 +142,49 @@ def test_torchs_optimizers_keep_their_arithmetic(name: str, peer: type[torch.opt
 def test_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="lamb, lamb_torch_optimizer, adamw, sgd"):
         build_optimizer(OptimizerConfig(name="adam"), build_param_groups(nn.Linear(1, 1), 0.0))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resume_has_the_gathered_state_and_its_own_settings(name: str):
+    model, optimizer = small_problem(name)
+    for _ in range(3):
+        backward(model)
+        optimizer.step()
+    resumed = build_optimizer(
+        OptimizerConfig(name=name, lr=0.02, betas=(0.8, 0.9), momentum=0.5), build_param_groups(model, 0.9)
+    )
+    own = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in resumed.param_groups]
+    load_optimizer_state(resumed, copy.deepcopy(optimizer.state_dict()))
+    assert [{k: v for k, v in g.items() if k not in ("params", "step")} for g in resumed.param_groups] == own
+    assert [g["weight_decay"] for g in resumed.param_groups] == [0.9, 0.0]
+    before, after = optimizer.state_dict(), resumed.state_dict()
+    for a, b in zip(before["param_groups"], after["param_groups"], strict=True):
+        assert a.get("step") == b.get("step"), "how many steps are behind it is no setting"
+    for index, gathered in before["state"].items():
+        for key, value in gathered.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][index][key])), key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resume_in_another_memory_format_takes_the_same_step(name: str):
+    def network() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3)
+        cfg = OptimizerConfig(name=name, lr=0.01)
+        return model, build_optimizer(cfg, build_param_groups(model, 0.05))
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model.zero_grad()
+        images = torch.linspace(-1, 1, 2 * 3 * 25).reshape(2, 3, 5, 5)
+        (model(images) - torch.linspace(0, 1, 4)[:, None, None]).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = network()
+    for _ in range(2):
+        step(model, optimizer)
+    other, resumed = network()
+    other.to(memory_format=torch.channels_last).load_state_dict(model.state_dict())
+    load_optimizer_state(resumed, copy.deepcopy(optimizer.state_dict()))
+    step(model, optimizer), step(other, resumed)
+    assert other.weight.stride() != model.weight.stride()
+    torch.testing.assert_close(other.weight, model.weight, rtol=1e-5, atol=1e-6)
