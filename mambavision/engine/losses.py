@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from mambavision.config import MesaConfig
+
+
+def training_loss(
+    logits: Tensor, targets: Tensor, images: Tensor, mesa: MesaConfig, ema: nn.Module | None, *, accum_steps: int
+) -> tuple[Tensor, Tensor | None]:
+    """A micro-batch's share of the step's loss, and how much of that is MESA's.
+
+    ema: the moving average, where MESA is on; else None, and so is the second.
+    """
+    cross_entropy = soft_target_cross_entropy(logits, targets)
+    if ema is None:
+        return cross_entropy / accum_steps, None
+    with torch.no_grad():
+        ema_logits = ema(images)
+    distillation = mesa.weight * mesa_loss(logits, ema_logits, mesa.temperature)
+    return (cross_entropy + distillation) / accum_steps, distillation / accum_steps
 
 
 def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

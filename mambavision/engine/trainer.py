@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data import keyed_random
 from data.batch import Batch
@@ -22,7 +22,7 @@ from mambavision.engine import checkpoint, faults, recovery, reporting
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.evaluate import evaluate
 from mambavision.engine.guard import Guard, name_first_not_finite
-from mambavision.engine.losses import mesa_loss, soft_target_cross_entropy
+from mambavision.engine.losses import training_loss
 from mambavision.engine.precision import autocast_context
 from mambavision.engine.progress import TrainProgress
 from mambavision.engine.stop import Decision, Meetings, StopNotice
@@ -161,7 +161,10 @@ class Trainer:
             with self.sync_gradients_on_last(index):
                 with self.autocast():
                     logits = faults.spoil(self.model(images), self.progress.step)
-                    loss, mesa = self.loss(logits, images, targets)
+                    ema = self.ema.module if self.mesa_is_on else None
+                    loss, mesa = training_loss(
+                        logits, targets, images, self.cfg.trainer.mesa, ema, accum_steps=self.plan.accum_steps
+                    )
                 self.meters.add_loss(loss, mesa)
                 self.scaler.scale(loss).backward()
         if self.scaler.is_enabled():
@@ -179,16 +182,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=False)
         self.meters.add_step(grad_norm, self.plan.global_batch_size)
         self.progress.advance(self.plan.global_batch_size)
-
-    def loss(self, logits: Tensor, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A micro-batch's share of the step's loss, and how much of that is MESA's, where it is on."""
-        cross_entropy = soft_target_cross_entropy(logits, targets)
-        if not self.mesa_is_on:
-            return cross_entropy / self.plan.accum_steps, None
-        with torch.no_grad():
-            ema_logits = self.ema.module(images)
-        mesa = self.cfg.trainer.mesa.weight * mesa_loss(logits, ema_logits, self.cfg.trainer.mesa.temperature)
-        return (cross_entropy + mesa) / self.plan.accum_steps, mesa / self.plan.accum_steps
 
     def micro_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for _ in range(self.plan.accum_steps):
