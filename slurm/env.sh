@@ -9,10 +9,12 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 PATH="$(dirname "$PYTHON"):$PATH"
 export PATH
-# Containers: either SLURM's pyxis plugin,
-#   SRUN_ARGS=(--container-image=/shared/mambavision.sqsh --container-mounts="$ROOT,$PWD,/data")
-# or a prefix to every torchrun; PYTHON is then the container's:
-#   export CONTAINER="apptainer exec --nv --bind $ROOT,$PWD,/data /shared/mambavision.sif"
+# Containers: PYTHON is then the container's, and all Python of a job runs in it: the ranks, and what train.sbatch asks
+# about the settings before it starts them. The repository, the run directory and the data have the same paths inside.
+#   PYTHON=/opt/mambavision/.venv/bin/python                              # where the Dockerfile puts it; and either
+#   export CONTAINER="apptainer exec --nv --bind $ROOT,$PWD,/data /shared/mambavision.sif"     # a prefix to $PYTHON, or
+#   SRUN_ARGS=(--container-image=/shared/mambavision.sqsh --container-mounts="$ROOT:$ROOT,$PWD:$PWD,/data:/data"
+#       --container-workdir="$PWD")                                       # SLURM's pyxis plugin, for every srun
 
 # ---- threads ----------------------------------------------------------------------------------------------------------
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # each rank sets its own share of the cores (trainer.threads)
