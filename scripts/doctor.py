@@ -42,10 +42,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with world_left_at_end():
-        findings = examine(cfg, args)
+        findings, hosts = examine(cfg, args)
         if distributed_rank() == 0:
-            report(findings, args.json)
-    return int(any(f.level == "error" for f in findings))
+            report(findings, hosts, args.json)
+    return int(doctor.has_error(findings))
 
 
 def distributed_rank() -> int:
@@ -54,32 +54,35 @@ def distributed_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def examine(cfg: TrainConfig, args: argparse.Namespace) -> list[Finding]:
-    """The same list on every rank: all of rank 0's findings, and of the others what is not ok."""
+def examine(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[Finding], set[str]]:
+    """(findings, hosts of the job), the same on every rank: all of rank 0's findings, and of the others what is not ok."""
     limit = doctor.job_limit_seconds() if args.limit_hours is None else 3600 * args.limit_hours
     device = doctor_device.check_torch(cfg)
-    usable = not any(f.level == "error" for f in device)
+    usable = not doctor.has_error(device)
     world = distributed.init_world(
         cfg.trainer.device if usable else "cpu", timeout_seconds=300, start_timeout_seconds=300
     )
+    differing = doctor_device.check_same_device(world)
     if args.ranks:
         plan = Plan(world.world_size // world.local_world_size, world.local_world_size, limit)
     else:
         plan = Plan(args.nodes, args.nproc_per_node, limit)
     total_rate = args.img_per_sec and args.img_per_sec * plan.world_size
     findings = [*doctor.check_run(cfg, plan), doctor.check_time(cfg, plan, total_rate)]
-    findings += [*device, *doctor_device.check_scan(), doctor_device.check_all_reduce(world)]
-    if not args.no_loader and not any(f.level == "error" and f.name in ("data", "batch", "ffcv") for f in findings):
+    findings += [*device, *differing, *(doctor_device.check_scan() if usable else [])]
+    if not differing:
+        findings.append(doctor_device.check_all_reduce(world))
+    loads = not any(f.level == "error" and f.name in ("data", "batch", "ffcv", "device") for f in findings)
+    if loads and not args.no_loader:
         expected = sizing.expected_train_img_per_sec(cfg.model.name) if world.device.type == "cuda" else None
         needed = args.img_per_sec or expected
         findings.append(doctor_device.check_loader(cfg, world, plan, needed))
     everyone = distributed.gather_objects([replace(f, host=f.host or doctor.host()) for f in findings])
     others = [f for theirs in everyone[1:] for f in theirs if f.level != "ok"]
-    return list(dict.fromkeys([*everyone[0], *others]))
+    return list(dict.fromkeys([*everyone[0], *others])), {f.host for theirs in everyone for f in theirs}
 
 
-def report(findings: list[Finding], path: Path | None) -> None:
-    hosts = {f.host for f in findings}
+def report(findings: list[Finding], hosts: set[str], path: Path | None) -> None:
     for finding in findings:
         print((finding if len(hosts) > 1 else replace(finding, host="")).line())
     bad = sorted({f.host for f in findings if f.level == "error"})

@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,10 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.message}; {self.cure}" if self.cure else self.message
+
+
+def has_error(findings: Iterable[Finding]) -> bool:
+    return any(f.level == "error" for f in findings)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections import Counter
 from contextlib import closing
 
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 import data
 from mambavision import distributed
 from mambavision.cluster import sizing
-from mambavision.cluster.doctor import Finding, Plan, host
+from mambavision.cluster.doctor import Finding, Plan, has_error, host
 from mambavision.config import TrainConfig
 from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
@@ -24,7 +26,7 @@ _LOADER_SECONDS = 10.0
 
 def check_torch(cfg: TrainConfig) -> list[Finding]:
     wants_cuda = cfg.trainer.device == "cuda" or (cfg.trainer.device == "auto" and cfg.trainer.expected_gpus)
-    if not torch.cuda.is_available():
+    if cfg.trainer.device == "cpu" or not torch.cuda.is_available():
         if torch.version.cuda is None:
             cure = "this torch is built without CUDA: see requirements-gpu.txt"
         else:
@@ -34,15 +36,41 @@ def check_torch(cfg: TrainConfig) -> list[Finding]:
             return [Finding(level, "cuda", "torch sees no CUDA device", f"{cure}; without one: trainer=cpu", host())]
         return [Finding("ok", "cuda", f"not asked for; {torch.get_num_threads()} CPU threads", host=host())]
     findings = []
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        free, total = torch.cuda.mem_get_info(i)
+    count = torch.cuda.device_count()
+    if int(os.environ.get("LOCAL_RANK", 0)) >= count:
+        told = f"{os.environ['LOCAL_WORLD_SIZE']} ranks here, but only {count} CUDA devices"
+        cure = f"does nvidia-smi see them all? If so, {count} ranks a node (NPROC_PER_NODE, --nproc_per_node)"
+        findings.append(Finding("error", "cuda", told, cure, host()))
+    for i in range(count):
+        try:
+            p = torch.cuda.get_device_properties(i)
+            free, total = torch.cuda.mem_get_info(i)
+        except RuntimeError as error:  # the driver lists a GPU that has failed
+            told = f"{i}: does not answer ({str(error).splitlines()[0]})"
+            findings.append(Finding("error", "cuda", told, "look at nvidia-smi and dmesg", host()))
+            continue
         told = f"{i}: {p.name}, {total / 2**30:.0f} GiB, {free / 2**30:.0f} free"
         if free < 0.9 * total:
             findings.append(Finding("warning", "cuda", told, "somebody else uses it (nvidia-smi)", host()))
         else:
             findings.append(Finding("ok", "cuda", f"{told}, CUDA {torch.version.cuda}", host=host()))
-    return [*findings, *_memory(cfg)]
+    return findings if has_error(findings) else [*findings, *_memory(cfg)]
+
+
+def check_same_device(world: World) -> list[Finding]:
+    """Collective. One error for each host whose ranks compute on the CPU where others have CUDA; the same on every rank.
+
+    Ranks of both kinds wait for each other for ever in whatever goes over the devices: nothing may after an error.
+    """
+    everyone = distributed.gather_objects((host(), world.device.type))
+    if len({device for _, device in everyone}) == 1:
+        return []
+    ranks = Counter(where for where, _ in everyone)
+    findings = []
+    for where, count in Counter(where for where, device in everyone if device == "cpu").items():
+        told = f"{count} of {ranks[where]} ranks here have no CUDA device, while other ranks of the job have one"
+        findings.append(Finding("error", "device", told, "look at nvidia-smi there, and keep the host out", where))
+    return findings
 
 
 def _memory(cfg: TrainConfig) -> list[Finding]:

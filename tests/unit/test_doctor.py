@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from mambavision.cluster.doctor import Plan
 from mambavision.compose import compose_train_config
 from mambavision.models.variants import VARIANTS
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ["experiment=tiny", "logger=jsonl"]
 
 
@@ -88,6 +93,67 @@ def test_a_broken_scan_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_device, "selective_scan_tokens", wrong)
     levels = {f.name: f.level for f in doctor_device.check_scan()}
     assert levels["scan triton" if torch.cuda.is_available() else "scan cpu"] == "error"
+
+
+# scripts/doctor.py on two hosts, where the second one's rank has found a GPU.
+ON_TWO_HOSTS = """
+import os
+import sys
+from dataclasses import replace
+
+import torch
+
+from mambavision import distributed
+from scripts import doctor
+
+join, os.environ["SLURMD_NODENAME"] = distributed.init_world, "n" + os.environ["RANK"]
+
+
+def init_world(*args, **timeouts):
+    world = join("cpu", **timeouts)
+    return replace(world, device=torch.device("cuda", 0)) if world.rank == 1 else world
+
+
+distributed.init_world = init_world
+sys.exit(doctor.main())
+"""
+
+
+def test_a_host_whose_gpus_are_gone_is_named_and_no_rank_waits_for_it(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+    command = [sys.executable, "-c", ON_TWO_HOSTS, "--ranks", *TINY, f"output_dir={tmp_path}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": rank}, stdout=subprocess.PIPE, text=True) for rank in "01"
+    ]
+    try:
+        output = [rank.communicate(timeout=60)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "1 of 1 ranks here have no CUDA device" in output[0] and "hosts with errors: n0 (" in output[0], output[0]
+    assert "all-reduce" not in output[0] and "loader" not in output[0]
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_rank_without_a_gpu_of_its_own_or_with_a_dead_one_is_an_error(
+    local_rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dead(_: int) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with ...")
+
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 1, "get_device_properties": dead}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    cfg = compose_train_config([*TINY, "trainer.device=auto"])
+    messages = [f.message for f in doctor_device.check_torch(cfg) if f.level == "error"]
+    assert messages[-1] == "0: does not answer (CUDA error: uncorrectable ECC error encountered)"
+    assert messages[:-1] == ["2 ranks here, but only 1 CUDA devices"] * local_rank
 
 
 def test_the_loader_rate_is_compared_with_what_is_needed() -> None:
