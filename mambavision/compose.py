@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 import sys
 import traceback
 from dataclasses import fields
@@ -93,18 +94,31 @@ def check_overrides(overrides: list[str], cls: type) -> list[str]:
     free-form model.architecture keys.
     """
     overrides = [_normalise(o) for o in overrides]
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ConfigError(
-            f"cannot read the command line: {error}; settings are written key=value, e.g. optimizer.lr=0.005"
-        ) from error
-    for override in parsed:
+    for override in [_parse(o) for o in overrides]:
         _check_override(override, cls)
     return overrides
 
 
+def _parse(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise ConfigError(f"cannot read {override!r}: {error}; {_how_to_write(override)}") from error
+
+
+def _how_to_write(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals:
+        return "settings are written key=value, e.g. optimizer.lr=0.005"
+    escaped = value.replace('"', '\\"')
+    quoted = shlex.quote(f'{key}="{escaped}"')
+    return f"a value with ( ) , ~ {{ }} [ ] or the like needs quotes, and those quotes the shell's: {quoted}"
+
+
 def _normalise(override: str) -> str:
+    key, equals, value = override.partition("=")
+    # A shell expands ~ only where a word, or the value of a name without dots, begins with it.
+    override = key + equals + os.path.expanduser(value)
     bare = override.lstrip("+")
     if _is_group(bare.split("=", 1)[0]):
         return bare

@@ -113,16 +113,12 @@ def check_data(cfg: TrainConfig) -> list[Finding]:
     data = cfg.data
     if data.source == "synthetic":
         return [Finding("ok", "data", "synthetic")]
-    root = Path(data.path or "")
+    root = _data_directory(cfg)
     if not root.is_dir():
         cure = "scripts/prepare_data.py writes one"
         return [Finding("error", "data", f"data.path={root} is no directory here", cure)]
     if data.source == "folder":
-        missing = [split for split in ("train", "val") if not (root / split).is_dir()]
-        if missing:
-            told = f"{root} has no {' and no '.join(missing)} folder"
-            return [Finding("error", "data", told, "give the directory above them")]
-        return [Finding("ok", "data", f"{root}: train and val folders")]
+        return [_check_split_folder(root, split) for split in ("train", "val")]
     from data.beton import open_beton
     from data.manifest import verify
 
@@ -137,6 +133,19 @@ def check_data(cfg: TrainConfig) -> list[Finding]:
         told = f"{path}: {manifest.num_samples:,} images, {len(manifest.classes)} classes"
         findings.append(Finding("ok", "data", told))
     return findings
+
+
+def _check_split_folder(root: Path, split: str) -> Finding:
+    from data.datasets import find_split
+
+    try:
+        return Finding("ok", "data", f"{find_split(root, split)} for {split}")
+    except ValueError as error:
+        return Finding("error", "data", str(error), "give the directory above the splits")
+
+
+def _data_directory(cfg: TrainConfig) -> Path:
+    return Path(cfg.data.path or "").expanduser()
 
 
 def planned_checkpoint_bytes(cfg: TrainConfig) -> tuple[int, int]:
@@ -214,7 +223,7 @@ def check_time(cfg: TrainConfig, plan: Plan, img_per_sec: float | None = None) -
 
 
 def train_images(cfg: TrainConfig) -> int:
-    manifest = Path(f"{cfg.data.path}/train.beton.json")
+    manifest = _data_directory(cfg) / "train.beton.json"
     if cfg.data.source == "ffcv" and manifest.is_file():
         return int(json.loads(manifest.read_text())["num_samples"])
     return cfg.data.synthetic_train_samples if cfg.data.source == "synthetic" else sizing.IMAGENET_TRAIN_IMAGES

@@ -72,8 +72,11 @@ def expand(overrides: Sequence[str]) -> list[Point]:
 def single(overrides: Sequence[str]) -> Point:
     """A plain command as a point. Raises ConfigError where -m has been forgotten."""
     overrides = check_command_line(list(overrides), TrainConfig)
-    if swept_keys(overrides):
-        raise ConfigError(f"{', '.join(swept_keys(overrides))} is given several values: a sweep needs -m")
+    if keys := swept_keys(overrides):
+        raise ConfigError(
+            f"{', '.join(keys)} is given several values: a sweep needs -m; a value with a comma is written "
+            f"'{keys[0]}=\"a,b\"'"
+        )
     return Point("", tuple(overrides), compose_train_config(overrides))
 
 

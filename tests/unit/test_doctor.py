@@ -39,7 +39,21 @@ def test_missing_data_is_an_error_with_the_cure(tmp_path: Path) -> None:
     assert [f.level for f in doctor.check_data(cfg)] == ["error", "error"]  # neither train.beton nor val.beton
     (tmp_path / "train").mkdir()
     cfg = compose_train_config(["model=mambavision_nano", "data=folder", f"data.path={tmp_path}"])
-    assert "no val folder" in doctor.check_data(cfg)[0].message
+    assert [f.level for f in doctor.check_data(cfg)] == ["ok", "error"]
+    assert "has no val/ or validation/" in doctor.check_data(cfg)[1].message
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "test"])
+def test_data_is_looked_for_where_the_loader_takes_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for split in ("train", name):
+        (tmp_path / "set" / split).mkdir(parents=True)
+    for word in ("data.path=~/set", "data.path='~/set'"):  # as an unquoted word reaches us, and as a quoted one stays
+        cfg = compose_train_config(["model=mambavision_nano", "data=folder", word])
+        assert [f.level for f in doctor.check_data(cfg)] == ["ok", "ok"]
+        assert str(tmp_path / "set" / name) in doctor.check_data(cfg)[1].message
 
 
 def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

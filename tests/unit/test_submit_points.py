@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import pytest
 
 from mambavision.cluster import points
@@ -57,8 +60,23 @@ def test_every_wrong_point_is_named_and_none_is_returned() -> None:
 
 
 def test_several_values_without_m_are_answered_with_m() -> None:
-    with pytest.raises(ConfigError, match=r"optimizer.lr is given several values: a sweep needs -m"):
+    told = (
+        r"""optimizer.lr is given several values: a sweep needs -m; .* with a comma is written 'optimizer.lr="a,b"'"""
+    )
+    with pytest.raises(ConfigError, match=told):
         points.single([*TINY, "optimizer.lr=1e-3,2e-3"])
+
+
+def test_a_leading_tilde_is_the_home_directory() -> None:
+    assert points.single(["data=folder", "data.path=~/set"]).cfg.data.path == str(Path.home() / "set")
+
+
+@pytest.mark.parametrize("path", ["/data/(old) x", "/[a]", "/{a}", "/~a", "/it's", '/say "a"', "/a=b"])
+def test_the_message_about_a_value_that_needs_quotes_has_the_word_to_type(path: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        points.single(["data=folder", f"data.path={path}"])
+    (word,) = shlex.split(str(error.value).rsplit("the shell's: ")[1])
+    assert points.single(["data=folder", word]).cfg.data.path == path
 
 
 def test_a_long_name_is_cut_and_stays_distinct() -> None:
