@@ -26,6 +26,8 @@ from mambavision.cluster import doctor, points, slurm
 from mambavision.cluster.local import LocalRuns
 from mambavision.cluster.points import Point
 from mambavision.cluster.sweep import Row, Sweep, problems_before_start, record_job, text_table
+from mambavision.compose import check_overrides
+from mambavision.config import TrainConfig
 from mambavision.run_dir import run_directory
 
 DEFAULT_NODES, DEFAULT_NPROC = 4, 8  # slurm/train.sbatch's
@@ -35,12 +37,13 @@ WATCH_SECONDS = 5.0
 def main() -> int:
     args, words = parse(sys.argv[1:])
     try:
-        is_sweep, overrides = points.split_multirun([w for w in words if not w.startswith("--")])
+        is_sweep, words = points.split_multirun(words)
+        overrides, options = split_options(words)
+        overrides = check_overrides(overrides, TrainConfig)  # the sweep's name is made of the words as they are meant
         chosen = points.expand(overrides) if is_sweep else [points.single(overrides)]
         sweep = Sweep(sweep_directory(chosen, overrides, is_sweep), chosen)
         if args.watch:
             return watch(sweep, args)
-        options = [w for w in words if w.startswith("--")]
         if options and args.local:
             raise ValueError(f"{' '.join(options)}: not an option of this program, and there is no sbatch with --local")
         if not args.local and not slurm.is_available():
@@ -68,6 +71,17 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--watch", action="store_true", help="show the table until all points have ended")
     parser.add_argument("--check", action="store_true", help="check every point, start nothing")
     return parser.parse_known_args(arguments)
+
+
+def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(settings, sbatch's options). Raises ValueError where an option does not hold its value itself."""
+    words = [w for w in words if w != "--"]
+    for before, word in zip(("", *words), words):
+        if before.startswith("--") and "=" not in before and not word.startswith(("-", "~")) and "=" not in word:
+            raise ValueError(f"{before} {word}: write it as one word, {before}={word}")
+        if word.startswith("-") and not word.startswith("--"):
+            raise ValueError(f"{word}: write sbatch's options by their long names, as --partition=gpu")
+    return [w for w in words if not w.startswith("--")], [w for w in words if w.startswith("--")]
 
 
 def sweep_directory(chosen: Sequence[Point], overrides: Sequence[str], is_sweep: bool) -> Path:

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -57,7 +58,10 @@ class Sweep:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Two submissions at once would start points twice. Raises RuntimeError for the second."""
+        """Two submissions at once would start points twice. Raises RuntimeError for the second.
+
+        A file system without locks (Lustre mounted noflock) cannot tell; one warning says so.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         with open(self.directory / ".lock", "w") as lock:
             try:
@@ -66,6 +70,9 @@ class Sweep:
                 raise RuntimeError(
                     f"another scripts/submit.py works on {self.directory} now; --watch shows its table"
                 ) from error
+            except OSError as error:
+                told = "submit this sweep from one place at a time"
+                print(f"warning: no locks in {self.directory} ({error.strerror}); {told}", file=sys.stderr)
             yield
 
     def rows(self, job_states: dict[str, str]) -> list[Row]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,20 @@ def test_a_refusal_of_sbatch_is_passed_on(sbatch: Path) -> None:
     )
     with pytest.raises(RuntimeError, match=r"sbatch refuses: .*invalid partition"):
         submit(sbatch / "sweep", points.expand(WORDS))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-p", "gpu"], "-p: write sbatch's options by their long names, as --partition=gpu"),
+        (["-t10"], "-t10: write sbatch's options by their long names"),
+        (["--partition", "gpu"], "--partition gpu: write it as one word, --partition=gpu"),
+        (["gpu"], "cannot read 'gpu'"),
+        (["--exclusive", "-m", "seed=0,1", "--", "gpu"], "cannot read 'gpu'"),
+    ],
+)
+def test_an_option_that_sbatch_would_not_get_is_answered_with_how_to_write_it(words: list[str], told: str) -> None:
+    command = [sys.executable, str(slurm.ROOT / "scripts" / "submit.py"), "experiment=tiny", *words]
+    environment = os.environ | {"PYTHONPATH": str(slurm.ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and told in done.stderr, done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -87,6 +89,19 @@ def test_a_second_submission_at_the_same_time_is_refused(sweep: Sweep) -> None:
     second = Sweep(sweep.directory, sweep.points)
     with sweep.locked(), pytest.raises(RuntimeError, match="another scripts/submit"), second.locked():
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_a_warning(
+    number: int, sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with sweep.locked():
+        told = capsys.readouterr().err
+    assert told.count("warning") == 1 and os.strerror(number) in told
 
 
 def test_what_would_be_refused_is_found_before_anything_starts(tmp_path: Path) -> None:
