@@ -1,3 +1,6 @@
+# scripts/setup.sh is bash's; make's own shell is dash on Debian and Ubuntu.
+SHELL := /bin/bash
+
 .PHONY: setup demo test test-all test-fast test-faults test-slurm lint
 setup:        ; scripts/setup.sh
 demo:         ; scripts/demo.sh
