@@ -38,8 +38,10 @@ RUN python3 -m venv .venv \
 
 ENV PATH=/opt/mambavision/.venv/bin:$PATH VIRTUAL_ENV=/opt/mambavision/.venv
 COPY . .
-# Compile the native kernels now, so that a read-only image starts at once; another processor compiles its own.
-RUN python -c 'from mambavision.ops.native_build import load_native; load_native()' \
+# Compile the native kernels now, so that a read-only image starts at once; another processor compiles its own. The check
+# takes synthetic data, so FFCV and its keyed decoder, which every real run needs, are loaded by name.
+RUN python -c 'import ffcv.libffcv; from data.native_library import load_library; load_library()' \
+    && python -c 'from mambavision.ops.native_build import load_native; load_native()' \
     && python scripts/doctor.py experiment=tiny logger=jsonl output_dir=/tmp/runs
 
 CMD ["python", "scripts/doctor.py", "experiment=tiny", "logger=jsonl", "output_dir=/tmp/runs"]

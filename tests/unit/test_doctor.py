@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -175,6 +176,17 @@ def test_the_loader_rate_is_compared_with_what_is_needed() -> None:
     world = distributed.World(0, 1, 0, 1, torch.device("cpu"))
     for needed, level in ((1.0, "ok"), (1e9, "warning"), (None, "ok")):
         assert doctor_device.check_loader(cfg, world, Plan(1, 2), needed).level == level
+
+
+def test_an_image_with_a_broken_ffcv_is_not_built(tmp_path: Path) -> None:
+    steps = (ROOT / "Dockerfile").read_text().split("COPY . .\n")[1]
+    (check,) = re.findall(r"^RUN ((?:.*\\\n)*.*)", steps, re.MULTILINE)
+    (tmp_path / "ffcv.py").write_text("raise ImportError('libopencv_core.so: no such file')\n")
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    built = subprocess.run(["bash", "-c", check], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert built.returncode != 0 and "libopencv_core.so" in built.stderr
 
 
 def test_the_sizing_table_is_what_the_model_keeps() -> None:
