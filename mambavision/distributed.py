@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import socket
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,19 +85,25 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
     )
 
 
-def check_same_devices(world: World) -> None:
-    """Collective. With `auto` each rank decides for itself, and one node may have lost its GPUs.
+def ranks_by_device(world: World, host: str) -> dict[str, Counter[str]]:
+    """Collective. cuda, cpu -> how many ranks of each host compute there.
 
-    Raises:
-        ValueError: on every rank, if some compute on CUDA and some on the CPU; names the hosts of the fewer.
+    With `auto` each rank decides for itself, and one node may have lost its GPUs. Ranks of both kinds wait for each other
+    for ever in whatever goes over the devices.
     """
-    by_rank = gather_objects((world.device.type, socket.gethostname()))
-    hosts = {kind: sorted({host for k, host in by_rank if k == kind}) for kind, _ in by_rank}
-    if len(hosts) > 1:
-        odd = min(hosts, key=lambda kind: len(hosts[kind]))
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for device, theirs in gather_objects((world.device.type, host)):
+        found[device][theirs] += 1
+    return dict(found)
+
+
+def check_same_devices(world: World) -> None:
+    """Collective. Raises ValueError on every rank, with the hosts, if some compute on CUDA and some on the CPU."""
+    by_device = ranks_by_device(world, socket.gethostname())
+    if len(by_device) > 1:
         raise ValueError(
-            f"the ranks on {', '.join(hosts[odd])} would compute on {odd}, the others not: look at nvidia-smi there, leave "
-            "these hosts out (sbatch --exclude=...), or say trainer.device=cuda or cpu"
+            f"ranks on {', '.join(sorted(by_device['cpu']))} have no CUDA device, other ranks of the job have one: look at "
+            "nvidia-smi there, keep these hosts out (sbatch --exclude=...), or say trainer.device=cpu"
         )
 
 

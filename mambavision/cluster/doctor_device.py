@@ -37,8 +37,9 @@ def check_torch(cfg: TrainConfig) -> list[Finding]:
         return [Finding("ok", "cuda", f"not asked for; {torch.get_num_threads()} CPU threads", host=host())]
     findings = []
     count = torch.cuda.device_count()
-    if int(os.environ.get("LOCAL_RANK", 0)) >= count:
-        told = f"{os.environ['LOCAL_WORLD_SIZE']} ranks here, but only {count} CUDA devices"
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ranks > count:
+        told = f"{ranks} ranks here, but only {count} CUDA devices"
         cure = f"does nvidia-smi see them all? If so, {count} ranks a node (NPROC_PER_NODE, --nproc_per_node)"
         findings.append(Finding("error", "cuda", told, cure, host()))
     for i in range(count):
@@ -62,12 +63,12 @@ def check_same_device(world: World) -> list[Finding]:
 
     Ranks of both kinds wait for each other for ever in whatever goes over the devices: nothing may after an error.
     """
-    everyone = distributed.gather_objects((host(), world.device.type))
-    if len({device for _, device in everyone}) == 1:
+    by_device = distributed.ranks_by_device(world, host())
+    if len(by_device) == 1:
         return []
-    ranks = Counter(where for where, _ in everyone)
+    ranks = sum(by_device.values(), Counter())
     findings = []
-    for where, count in Counter(where for where, device in everyone if device == "cpu").items():
+    for where, count in by_device["cpu"].items():
         told = f"{count} of {ranks[where]} ranks here have no CUDA device, while other ranks of the job have one"
         findings.append(Finding("error", "device", told, "look at nvidia-smi there, and keep the host out", where))
     return findings
