@@ -86,6 +86,13 @@ def test_every_model_has_a_config_and_every_config_a_model():
     assert set(group_choices("model")) == set(list_models())
 
 
+@pytest.mark.parametrize("model", group_choices("model"))
+def test_weight_decay_from_the_command_line_wins_over_model_and_optimizer(model: str):
+    for optimizer in group_choices("optimizer"):
+        overrides = [f"model={model}", f"optimizer={optimizer}", "optimizer.weight_decay=0.3"]
+        assert compose_train_config([*SYNTHETIC, *overrides]).optimizer.weight_decay == 0.3
+
+
 @pytest.mark.parametrize("choice", ["mambavision_t", "mambavision_l2_512_21k"])
 def test_evaluation_takes_model_files_without_their_recipe(choice: str):
     cfg = compose_eval_config([f"model={choice}", "checkpoint=x.pt", "data=synthetic", "data.num_classes=10"])

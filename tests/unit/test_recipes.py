@@ -61,6 +61,29 @@ def test_model_alone_carries_its_recipe():
     assert (cfg.optimizer.lr, cfg.optimizer.weight_decay, cfg.schedule.warmup_epochs) == (0.005, 0.075, 35)
 
 
+# optimizer: its learning rate and, where it is not the model's, its weight decay
+OPTIMIZERS = {"lamb": (0.005, None), "lamb_torch_optimizer": (0.005, None), "adamw": (0.001, None), "sgd": (0.5, 2e-5)}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("choice", ["model=mambavision_t", "model=mambavision_l", "experiment=paper/mambavision_b"])
+def test_another_optimizer_brings_its_own_settings(optimizer: str, choice: str):
+    """SGD's coupled decay must not be LAMB's, nor AdamW's learning rate that of an experiment for LAMB."""
+    cfg = compose_train_config([choice, f"optimizer={optimizer}", "data.path=/data"])
+    lr, own_decay = OPTIMIZERS[optimizer]
+    published_decay = PUBLISHED[choice.rsplit("_", 1)[1]][0]
+    assert (cfg.optimizer.name, cfg.optimizer.lr) == (optimizer, lr)
+    assert cfg.optimizer.weight_decay == (published_decay if own_decay is None else own_decay)
+
+
+@pytest.mark.parametrize("kind", ["paper", "published"])
+def test_another_model_brings_its_own_recipe_into_an_experiment(kind: str):
+    for variant, (decay, warmup, _, _, crop_pct) in PUBLISHED.items():
+        cfg = compose_train_config([f"experiment={kind}/mambavision_t", f"model=mambavision_{variant}", "data.path=/d"])
+        found = (cfg.model.name, cfg.optimizer.weight_decay, cfg.schedule.warmup_epochs, cfg.data.crop_pct)
+        assert found == (f"mambavision_{variant}", decay, warmup, crop_pct)
+
+
 @pytest.mark.parametrize("experiment", [e for e in group_choices("experiment") if "/" in e])
 def test_header_of_an_experiment_says_command_hardware_and_expectation(experiment: str):
     header = (CONF_DIR / "experiment" / f"{experiment}.yaml").read_text()
