@@ -157,7 +157,7 @@ class Trainer:
         for index, batch in enumerate(self.micro_batches(batches)):
             images, targets = self.transform(batch, self.epoch, self.progress.step, self.global_micro_index(index))
             self.seed_stochastic_depth(index)
-            self.batch_norm.begin_micro_batch(index, self.plan.accum_steps)
+            self.batch_norm.begin_micro_batch(index)
             with self.sync_gradients_on_last(index):
                 with self.autocast():
                     logits = faults.spoil(self.model(images), self.progress.step)

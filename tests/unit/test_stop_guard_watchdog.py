@@ -94,7 +94,7 @@ def test_batch_norm_forgets_a_refused_step() -> None:
     averager = BatchNormAverager(model)
     for values, norm in ((torch.randn(8, 3), FINE), (torch.full((8, 3), torch.nan), NAN)):
         averager.begin_step()
-        averager.begin_micro_batch(0, 1)
+        averager.begin_micro_batch(0)
         model(values)
         averager.finish_step(1, norm)
     assert torch.isfinite(model[0].running_mean).all() and model[0].running_mean.abs().sum() > 0
