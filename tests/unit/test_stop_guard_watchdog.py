@@ -19,6 +19,7 @@ from mambavision.engine.guard import Guard, TrainingFailed, name_first_not_finit
 from mambavision.engine.progress import TrainProgress
 from mambavision.engine.stop import Decision, Meetings, StopNotice
 from mambavision.engine.watchdog import Watchdog, read_heartbeats
+from tests.unit.model_samples import micro
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 NAN, FINE = torch.tensor(torch.nan), torch.tensor(1.0)
@@ -87,6 +88,89 @@ def test_debug_nan_names_the_first_module_forward_and_backward() -> None:
         TrainingFailed, match=r"1 \(Root\) gave a value that is not finite; its input: .* from -1 to -1"
     ):
         model(torch.ones(2, 4))
+
+
+# What is poisoned: the modules that may be named, the layer itself where it is called, else the one that calls it.
+POISONED = {
+    "patch_embed.conv_down.0.weight": ("patch_embed",),
+    "patch_embed.conv_down.4.bias": ("patch_embed",),
+    "levels.0.blocks.0.conv1.weight": ("levels.0.blocks.0",),
+    "levels.0.blocks.0.conv2.bias": ("levels.0.blocks.0",),
+    "levels.1.blocks.0.norm1.weight": ("levels.1.blocks.0",),
+    "levels.1.downsample.reduction.0.weight": ("levels.1.downsample.reduction.0",),
+    "levels.2.blocks.0.norm1.weight": ("levels.2.blocks.0.norm1", "levels.2.blocks.0"),
+    "levels.2.blocks.0.mixer.A_log": ("levels.2.blocks.0.mixer",),
+    "levels.2.blocks.0.mixer.in_proj.weight": ("levels.2.blocks.0.mixer",),
+    "levels.2.blocks.1.mixer.conv1d_x.weight": ("levels.2.blocks.1.mixer",),
+    "levels.2.blocks.2.mixer.qkv.weight": ("levels.2.blocks.2.mixer",),
+    "levels.3.blocks.1.mixer.proj.bias": ("levels.3.blocks.1.mixer",),
+    "levels.3.blocks.1.norm2.bias": ("levels.3.blocks.1.norm2", "levels.3.blocks.1"),
+    "levels.3.blocks.1.mlp.fc1.weight": ("levels.3.blocks.1.mlp.fc1", "levels.3.blocks.1.mlp"),
+    "norm.weight": ("the model",),
+    "head.weight": ("head",),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_debug_nan_names_the_module_of_a_poisoned_parameter(precision: str) -> None:
+    model = micro().train()
+    name_first_not_finite(model)
+    sound = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter, may_be_named in POISONED.items():
+        model.load_state_dict({**sound, parameter: torch.full_like(sound[parameter], torch.nan)}, strict=False)
+        with (
+            pytest.raises(TrainingFailed, match="gave a value that is not finite") as failure,
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        ):
+            model(torch.randn(2, 3, 32, 32))
+        named = str(failure.value).removeprefix("debug=nan: ").split(" (")[0]
+        assert named in may_be_named, parameter
+        within = parameter.removeprefix(f"{named}.")
+        assert f"its {within} is not finite" in str(failure.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_debug_nan_lets_a_sound_model_train_and_names_the_data_and_the_loss(precision: str) -> None:
+    model = micro().train()
+    name_first_not_finite(model)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        model(images).float().square().mean().backward()
+        with pytest.raises(TrainingFailed, match="the gradient of the loss by the model's output"):
+            (model(images).float() * torch.nan).sum().backward()
+        with pytest.raises(TrainingFailed, match=r"the model \(MambaVision\) .* its input: .* from nan to nan"):
+            model(images * torch.nan)
+
+
+class RootOfZero(nn.Module):
+    """Finite values whose gradient is not, made at one of three places."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place, self.first, self.last = place, nn.Linear(4, 4), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        if self.place == "between its layers":
+            y = (0.0 * y).sqrt()
+        if self.place == "at a parameter":
+            y = y.detach() + self.scale.sqrt()
+        return self.last(y)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("place", ["between its layers", "at a parameter"])
+def test_debug_nan_names_where_a_gradient_went_wrong_outside_of_any_layer(place: str, first: bool) -> None:
+    """The first module gets images, which have no gradient; the others hand theirs on to a sound module."""
+    model = nn.Sequential(RootOfZero(place), nn.Linear(4, 4))
+    if not first:
+        model.insert(0, nn.Linear(4, 4))
+    name_first_not_finite(model)
+    root = 0 if first else 1
+    named = f"of {root}.scale" if place == "at a parameter" else rf"through {root} \(RootOfZero\)"
+    with pytest.raises(TrainingFailed, match=rf"the gradient {named} is not finite"):
+        model(torch.ones(2, 4)).sum().backward()
 
 
 def test_batch_norm_forgets_a_refused_step() -> None:
