@@ -122,7 +122,8 @@ def _find_or_build() -> Path:
     directory = cache_directory() / f"loader-{platform.machine()}-{_source_key()}"
     compiler = find_compiler()
     if compiler is None:
-        built = sorted(directory.glob("*.so"))  # a compute node without a compiler uses what the login node built
+        # A compute node without a compiler uses what the login node built: whole libraries, named by a hash.
+        built = sorted(directory.glob("[0-9a-f]" * 16 + ".so"))
         if built:
             return built[-1]
         raise NativeUnavailable(
@@ -155,17 +156,19 @@ def _source_key() -> str:
 
 
 def _build(compiler: str, library: Path) -> None:
-    """Compiles into a temporary file beside the final place and renames it there, so no half library is ever seen."""
+    """Compiles in a directory beside the final place and renames from there, so no half library is ever seen.
+
+    The compiler makes the file itself: it then has the mode of the umask, and every user of a shared cache can read it.
+    """
     sources = [str(path) for path in sorted(SOURCE_DIRECTORY.glob("*.cpp"))]
     prefix = os.environ.get("CONDA_PREFIX")
     places = [f"-I{prefix}/include", f"-L{prefix}/lib", f"-Wl,-rpath,{prefix}/lib"] if prefix else []
-    with tempfile.NamedTemporaryFile(dir=library.parent, prefix="build-", suffix=".so", delete=False) as file:
-        unfinished = Path(file.name)
-    try:
-        _run([compiler, *COMPILE_FLAGS, *places, *sources, "-ljpeg", "-o", str(unfinished)])
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as temporary:
+        unfinished = f"{temporary}/{library.name}"
+        _run([compiler, *COMPILE_FLAGS, *places, *sources, "-ljpeg", "-o", unfinished])
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(unfinished, library)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _run(command: list[str]) -> str:
