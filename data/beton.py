@@ -8,6 +8,8 @@ before it is used, and a file that is being written never has its final name.
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -170,14 +172,14 @@ def _stored_sizes(path: Path, images: np.ndarray, table: np.ndarray, start: int,
 class BetonWriter:
     """Writes images in the order in which they are added, so that equal input makes equal files.
 
-    The file grows under `<name>.partial` and gets its name in `finish`; `discard` removes it.
+    The file grows under a partial name of its own and gets its name in `publish`; `discard` removes it.
     """
 
     def __init__(self, path: str | Path, *, max_samples: int, page_size: int = MIN_PAGE_SIZE):
         if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1) or page_size >= 1 << 32:
             raise ValueError(f"page size {page_size} has to be a power of two from {MIN_PAGE_SIZE} to {1 << 31} bytes")
         self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.partial = partial_path(self.path)
         self.page_size = page_size
         self.rows = np.zeros(max_samples, dtype=np.dtype([("", IMAGE), ("", "<i8")], align=True))
         self.table = np.zeros(max_samples, dtype=ALLOCATION)
@@ -187,7 +189,7 @@ class BetonWriter:
         tables = HEADER.itemsize + 2 * FIELD.itemsize + self.rows.nbytes
         self.page_start = -(-tables // page_size) * page_size
         self.page = bytearray()
-        self.file = open(self.partial, "wb")  # noqa: SIM115 (closed by finish and discard)
+        self.file = open(self.partial, "xb")  # noqa: SIM115 (closed by complete and discard)
         self.file.seek(self.page_start)
 
     def add(self, image: EncodedImage, label: int) -> None:
@@ -242,5 +244,21 @@ class BetonWriter:
         os.replace(self.partial, self.path)
 
     def discard(self) -> None:
-        self.file.close()
         self.partial.unlink(missing_ok=True)
+        self.file.close()
+
+
+def partial_path(path: Path) -> Path:
+    """A name to write `path` under, unlike any other writer's: of two, the last to publish wins whole."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{secrets.token_hex(4)}.partial")
+
+
+def remove_leftovers(path: Path) -> None:
+    """What killed writers of `path` and of its manifest left on this host: for one who knows that none is at work.
+
+    A lock may not reach beyond its host, so the files of others stay.
+    """
+    host = f".{socket.gethostname()}-"
+    for file in path.parent.glob("*.partial"):
+        if file.name.startswith(f"{path.name}.") and host in file.name:
+            file.unlink(missing_ok=True)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import fcntl
 import io
 import itertools
 import multiprocessing
+import os
 import signal
+import socket
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
 from data import keyed_random
-from data.beton import JPG, MAX_SIDE, MIN_PAGE_SIZE, RAW, BetonWriter, EncodedImage, open_beton
+from data.beton import JPG, MAX_SIDE, MIN_PAGE_SIZE, RAW, BetonWriter, EncodedImage, open_beton, remove_leftovers
 from data.datasets import Source
 from data.manifest import Manifest, manifest_path, verify, write_manifest
 from data.pixels import UNREADABLE, read_whole
@@ -27,6 +35,7 @@ WRITE_MODES = ("smart", "jpg", "raw", "proportion", "original")
 SMART_RAW_BYTES = 64 * 1024  # smart: an image of at most so many bytes is stored uncompressed (147 px square)
 LARGE_PAGE_SIZE = 16 << 20  # for images that may be larger than a small page
 CHUNK = 16  # images handed to a worker at a time
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -111,10 +120,63 @@ def write_beton(
     """Write all images of `source` in its order, and the manifest and names beside them.
 
     The same input gives the same bytes whatever `num_workers`. Raises UnreadableImage with on_unreadable="stop",
-    RuntimeError when a worker dies, OSError when the disk is full; none of them leaves a file under the final name.
+    RuntimeError when a worker dies or another process writes this file, OSError when the disk is full; none of them
+    leaves a file under the final name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(path):
+        return _write(source, path, settings, num_workers, on_unreadable, progress)
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Holds `<name>.lock`, which names the process; a second writer is refused with a RuntimeError.
+
+    The lock ends with its process, however that ends. Where a filesystem has no locks nobody is refused: there the
+    partial names, each writer's own, keep the file whole.
+    """
+    lock = path.with_name(f"{path.name}.lock")
+    with open(lock, "a+", encoding="utf-8") as file:
+        try:
+            locked = _lock(file)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            advice = "wait for it, or stop it, or give another --out"
+            raise RuntimeError(f"{path} is being written by {holder}; {advice}") from None
+        if locked:
+            remove_leftovers(path)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _lock(file: IO[str]) -> bool:
+    """False where the filesystem has no locks. Raises BlockingIOError when another process holds this one."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    if os.fstat(file.fileno()).st_nlink == 0:
+        raise BlockingIOError("its holder ended, and removed the file, after it was opened here")
+    return True
+
+
+def _write(
+    source: Source,
+    path: Path,
+    settings: WriteSettings,
+    num_workers: int,
+    on_unreadable: str,
+    progress: Callable[[int], None],
+) -> Manifest:
     writer = BetonWriter(path, max_samples=len(source.names), page_size=settings.page_size)
     unreadable: list[dict[str, str]] = []
     written: list[int] = []
@@ -147,7 +209,7 @@ def write_beton(
         )
         write_manifest(path, manifest, [source.names[index] for index in written])
         writer.publish()
-    except BaseException:  # also Ctrl-C: whatever ends the writing, nothing half-written stays
+    except BaseException:  # also Ctrl-C and SIGTERM: whatever ends the writing, nothing half-written stays
         writer.discard()
         raise
     return manifest
@@ -156,12 +218,14 @@ def write_beton(
 def _encoded(source: Source, settings: WriteSettings, num_workers: int) -> Iterator[EncodedImage | Unreadable]:
     """Encoded images in order, from a pool whose dead workers are noticed."""
     chunks = (range(start, min(start + CHUNK, len(source.names))) for start in range(0, len(source.names), CHUNK))
+    # The death signal follows the thread that forks: only the main thread lives as long as its process.
+    dies_with_parent = threading.current_thread() is threading.main_thread() and sys.platform == "linux"
     start_method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     pool = ProcessPoolExecutor(
         num_workers,
         mp_context=multiprocessing.get_context(start_method),
         initializer=_start_worker,
-        initargs=(source, settings),
+        initargs=(source, settings, dies_with_parent),
     )
     try:
         pending = deque(pool.submit(_encode_chunk, chunk) for chunk in itertools.islice(chunks, 3 * num_workers))
@@ -180,9 +244,12 @@ def _encoded(source: Source, settings: WriteSettings, num_workers: int) -> Itera
 _worker: tuple[Source, WriteSettings]
 
 
-def _start_worker(source: Source, settings: WriteSettings) -> None:
+def _start_worker(source: Source, settings: WriteSettings, dies_with_parent: bool) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool ends its workers by it; the parent's handler is not theirs
+    if dies_with_parent:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _worker = source, settings
 
 

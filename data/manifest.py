@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.beton import Beton
+from data.beton import Beton, partial_path
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -48,12 +48,15 @@ def write_manifest(beton: str | Path, manifest: Manifest, names: Sequence[str]) 
 
 
 def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = partial_path(path)
+    try:
+        with open(partial, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_manifest(beton: str | Path) -> Manifest | None:

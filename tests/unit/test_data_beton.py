@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from data.beton import ALLOCATION, HEADER, JPG, MIN_PAGE_SIZE, RAW, BetonWriter, EncodedImage, open_beton
+from data.beton import ALLOCATION, HEADER, JPG, RAW, BetonWriter, EncodedImage, open_beton
 from data.conversion import UnreadableImage, WriteSettings, encode, write_beton
 from data.datasets import list_folder
 from data.manifest import manifest_path, read_manifest, read_names, verify
@@ -178,29 +176,3 @@ def test_a_dead_worker_ends_the_writing(tmp_path):
     with pytest.raises(RuntimeError, match="worker process died"):
         write_beton(Deadly(), tmp_path / "t.beton", WriteSettings(), num_workers=2)
     assert time.monotonic() - started < 20 and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_an_interrupted_command_leaves_nothing_and_a_second_one_finishes(tmp_path):
-    make_split(tmp_path / "in", "train", 500, sizes=(400,))
-    make_split(tmp_path / "in", "val", 9)
-    command = [
-        sys.executable,
-        "scripts/prepare_data.py",
-        "folder",
-        "--source",
-        str(tmp_path / "in"),
-        "--out",
-        str(tmp_path),
-    ]
-    process = subprocess.Popen([*command, "--num-workers", "1"], stdout=subprocess.PIPE)
-    while not list(tmp_path.glob("*.partial")) and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert [p.name for p in tmp_path.glob("train.beton*")] == []
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    second = subprocess.run(command, capture_output=True, text=True)
-    assert second.stdout.count("already there") == 2
-    assert open_beton(tmp_path / "train.beton").data_start % MIN_PAGE_SIZE == 0
