@@ -101,11 +101,32 @@ def _stored_raw(image: Image.Image, settings: WriteSettings, index: int) -> bool
     return settings.write_mode == "raw"
 
 
-def already_written(path: Path) -> Manifest | None:
-    """The manifest of a whole file of that name; None where there is nothing. Raises ValueError for a damaged one."""
+def already_written(path: Path, source: Source) -> Manifest | None:
+    """The manifest of a whole file of that name, written from `source`; None where there is nothing.
+
+    Raises ValueError for a damaged file, one of another source, and one without a manifest: FFCV itself writes such.
+    """
     if not path.exists():
         return None
-    return verify(open_beton(path)) if manifest_path(path).exists() else None
+    if not manifest_path(path).exists():
+        raise ValueError(
+            f"{path} is there without a manifest, so it was not written by scripts/prepare_data.py or only copied in "
+            "part; give another --out, or --force to write over it"
+        )
+    manifest = verify(open_beton(path))
+    if os.path.realpath(manifest.source) != os.path.realpath(source.origin):  # one directory has several names
+        raise ValueError(
+            f"{path} was written from {manifest.source}, not from {source.origin}; "
+            "give another --out, or --force to write over it"
+        )
+    return manifest
+
+
+def changed_settings(manifest: Manifest, settings: WriteSettings) -> list[str]:
+    """`quality 90, not 50` for each setting that the file was written with and now would not be."""
+    now = dataclasses.asdict(settings)
+    before = {name: manifest.settings.get(name) for name in now}
+    return [f"{name} {before[name]}, not {now[name]}" for name in now if before[name] != now[name]]
 
 
 def write_beton(

@@ -40,7 +40,7 @@ class FolderSource:
 
     @property
     def origin(self) -> str:
-        return str(self.root)
+        return str(self.root.absolute())
 
     def path(self, index: int) -> Path:
         return self.root / self.names[index]
@@ -117,7 +117,8 @@ def fashion_mnist(directory: str | Path, split: str) -> ArraySource:
     images, labels = (_read_idx(Path(directory) / name) for name in FASHION_FILES[split])
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise ValueError(f"{directory} holds {images.shape} images and {labels.shape} labels: not Fashion-MNIST")
-    return ArraySource(images, labels.astype(np.int64), FASHION_CLASSES, f"Fashion-MNIST {split} from {directory}")
+    origin = f"Fashion-MNIST {split} from {Path(directory).absolute()}"
+    return ArraySource(images, labels.astype(np.int64), FASHION_CLASSES, origin)
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -148,7 +149,7 @@ class TarSource:
 
     @property
     def origin(self) -> str:
-        return str(self.archive)
+        return str(self.archive.absolute())
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None}  # each process opens its own

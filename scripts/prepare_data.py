@@ -5,7 +5,8 @@
     python scripts/prepare_data.py imagenet --train-tar TAR --val-tar TAR --devkit TAR_OR_LABELS --out DIR
 
 Each writes train.beton and val.beton with a manifest (.json) and the samples' names (.names.txt) beside them. A file
-that is there is left alone (--force writes it again); an interrupted writing leaves nothing under the final name.
+that was written from the same source is left alone (--force writes it again), one of other origin is refused; an
+interrupted writing leaves nothing under the final name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.batch import workers_per_rank
-from data.conversion import WRITE_MODES, WriteSettings, already_written, write_beton
+from data.conversion import WRITE_MODES, WriteSettings, already_written, changed_settings, write_beton
 from data.datasets import (
     FASHION_FILES,
     Source,
@@ -91,8 +92,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def write(source: Source, path: Path, settings: WriteSettings, args: argparse.Namespace) -> None:
-    if not args.force and (manifest := already_written(path)):
+    if not args.force and (manifest := already_written(path, source)):
         console.print(f"{path} is already there: {manifest.num_samples} images (--force writes it again)")
+        if changed := changed_settings(manifest, settings):
+            advice = "--force writes it again as asked for now"
+            console.print(f"{path} was written with {'; '.join(changed)}: {advice}", style="yellow", markup=False)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:

@@ -11,7 +11,7 @@ import pytest
 
 from data.beton import RAW, open_beton
 from data.datasets import fashion_mnist, imagenet_train, imagenet_val, imagenet_val_labels
-from data.manifest import read_manifest, read_names
+from data.manifest import manifest_path, read_manifest, read_names
 from scripts.prepare_data import main
 from tests.unit.data_samples import make_folder, smooth_image
 
@@ -171,3 +171,48 @@ def test_a_second_run_leaves_what_is_there_and_force_writes_it_again(tmp_path, c
     assert main([*command, "--force"]) == 0 and (tmp_path / "train.beton").stat().st_mtime_ns > written
     (tmp_path / "train.beton").write_bytes((tmp_path / "train.beton").read_bytes()[:-9])
     assert main(command) == 1 and "--force" in capsys.readouterr().out
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """The arguments that wrote tmp_path/train.beton and val.beton from a folder, given by a relative path."""
+    make_folder(tmp_path / "in", train=6, val=3)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["folder", "--source", "in", "--out", str(tmp_path), "--num-workers=1"]
+    assert main(arguments) == 0
+    return arguments
+
+
+def answer(arguments, capsys) -> tuple[int, str]:
+    capsys.readouterr()
+    code = main(arguments)
+    return code, " ".join(capsys.readouterr().out.split())
+
+
+def test_a_file_without_a_manifest_is_not_written_over_unless_forced(prepared, tmp_path, capsys):
+    beton = tmp_path / "train.beton"
+    manifest_path(beton).unlink()
+    written = beton.stat().st_mtime_ns
+    code, said = answer(prepared, capsys)
+    assert code == 1 and "without a manifest" in said and "another --out, or --force" in said
+    assert beton.stat().st_mtime_ns == written
+    assert main([*prepared, "--force"]) == 0 and read_manifest(beton).num_samples == 6
+
+
+def test_a_file_of_another_source_is_not_taken_for_this_one(prepared, fashion, tmp_path, capsys):
+    code, said = answer(["fashion_mnist", "--source", str(fashion), "--out", str(tmp_path)], capsys)
+    assert code == 1 and "another --out, or --force" in said
+    said = said.replace(" ", "")  # long paths are broken at the width of the console
+    assert f"writtenfrom{tmp_path / 'in' / 'train'},notfromFashion-MNISTtrainfrom{fashion}" in said
+
+
+def test_one_source_by_another_name_is_the_same_source(prepared, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for name in (tmp_path / "in", tmp_path / "link", f"{tmp_path}/link/../in/"):
+        code, said = answer(["folder", "--source", str(name), *prepared[3:]], capsys)
+        assert code == 0 and said.count("already there") == 2 and "was written with" not in said
+
+
+def test_a_file_of_other_settings_is_left_with_a_warning_that_says_which(prepared, capsys):
+    code, said = answer([*prepared, "--quality", "50", "--max-resolution", "0"], capsys)
+    assert code == 0 and "max_resolution 500, not None; quality 90, not 50: --force" in said
