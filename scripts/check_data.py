@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -124,7 +126,17 @@ def look_at_all(read: Callable, count: int, threads: int, title: str, shown: set
         return found
 
     with Progress(console=console) as bar, ThreadPoolExecutor(threads) as pool:
-        return list(bar.track(pool.map(look, range(count), chunksize=8), total=count, description=title))
+        looked = in_order(pool, look, count, ahead=8 * threads)
+        return list(bar.track(looked, total=count, description=title))
+
+
+def in_order(pool: Executor, look: Callable[[int], Looked], count: int, *, ahead: int) -> Iterator[Looked]:
+    """look(0) to look(count - 1); `ahead` of them at most are in the pool, as each takes about 1.6 kB there."""
+    indices = iter(range(count))
+    pending = deque(pool.submit(look, index) for index in itertools.islice(indices, ahead))
+    while pending:
+        yield pending.popleft().result()
+        pending.extend(pool.submit(look, index) for index in itertools.islice(indices, 1))
 
 
 def look_at(content: EncodedImage | bytes) -> tuple[Looked, Image.Image | None]:
