@@ -148,19 +148,22 @@ def add_branch(x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: float
     """x + keep/(1 - drop_path) * gamma * branch in one pass over memory.
 
     `keep` is drawn for each row of the batch from the default generator of the device (Huang et al., 2016).
+
+    A layer scale keeps its type, and so the sum is float32 under autocast, as published: at its initial 1e-5 a bfloat16
+    sum would lose all that the branch adds.
     """
     if drop_path == 0.0 and gamma is None:
         return x + branch
-    scale = None if gamma is None else gamma.to(branch.dtype)
+    scale = gamma
     if drop_path > 0.0:
-        keep = keep_scale(branch, drop_path)
-        scale = keep if scale is None else keep * scale
+        keep = keep_scale(branch, drop_path, None if gamma is None else gamma.dtype)
+        scale = keep if gamma is None else keep * gamma
     return torch.addcmul(x, branch, scale)
 
 
-def keep_scale(branch: Tensor, drop_path: float) -> Tensor:
-    """0 or 1 / (1 - drop_path) for each row of the batch, (b, 1, ..., 1) in the branch's dtype."""
-    keep = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1)).bernoulli_(1.0 - drop_path)
+def keep_scale(branch: Tensor, drop_path: float, dtype: torch.dtype | None = None) -> Tensor:
+    """0 or 1 / (1 - drop_path) for each row of the batch, (b, 1, ..., 1), in the branch's dtype unless another is given."""
+    keep = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1), dtype=dtype).bernoulli_(1.0 - drop_path)
     return keep / (1.0 - drop_path)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mambavision import create_model
 from mambavision.models.attention import attend_by_products
 from mambavision.models.blocks import add_branch, cut_windows, join_windows, window_grid
-from tests.unit.model_samples import MICRO, micro
+from tests.unit.model_samples import MICRO, micro, relative
 
 
 def test_tight_windows_equal_the_published_ones_where_no_padding_is_needed():
@@ -119,3 +119,16 @@ def test_layer_scales_start_where_they_are_told_and_exist_only_then():
     assert len(gammas) == 2 * 5 + 2
     assert all(torch.all(p == (1e-3 if "gamma_" in name else 0.5)) for name, p in gammas.items())
     assert not any("gamma" in name for name, _ in micro().named_parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("scale", [1e-3, 1e-2])
+def test_what_a_block_with_layer_scales_adds_is_not_lost_to_autocast(training: bool, scale: float):
+    """Published, the scale promotes the residual stream to float32; a bfloat16 one keeps 8 bits of x, and of 1e-5 nothing."""
+    block = micro(layer_scale=scale).levels[2].blocks[0].train(training)
+    tokens = torch.randn(2, 16, block.norm1.normalized_shape[0])
+    added = block(tokens).detach() - tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        result = block(tokens.bfloat16())
+    assert result.dtype == torch.float32
+    assert relative(result.detach() - tokens.bfloat16(), added) < 0.03
