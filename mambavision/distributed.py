@@ -256,7 +256,8 @@ class BatchNormAverager:
             dist.all_reduce(mean)
         mean /= count * (dist.get_world_size() if is_distributed() else 1)
         self._set(torch.where(refused, self.before, mean))
-        torch._foreach_add_(self.counters, (1 - count) - refused.to(torch.int64))
+        # alpha chooses the overload that takes a tensor: without it torch would read the value, and wait for the step.
+        torch._foreach_add_(self.counters, (1 - count) - refused.to(torch.int64), alpha=1)
 
     def _total(self) -> torch.Tensor:
         flat = torch.cat(self.buffers)

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mambavision.ops.backend_choice import BUSY_CYCLES
 from mambavision.ops.native_build import load_native
 from mambavision.ops.selective_scan import choose_backend, selective_scan_tokens
 
@@ -234,6 +235,7 @@ def processor_name() -> str:
 def milliseconds_of(work: Callable[[], object], device: torch.device, clock: Clock) -> float:
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(BUSY_CYCLES)
         start.record()
         work()
         end.record()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 8 minutes: the GPU tests, then every scripts/bench_*.py with its defaults, which on
-# a GPU are the paper's protocol (batch 128, channels last, fp16). Writes one JSON: {"machine", "tests", "benchmarks"}.
+# Everything that needs a GPU, in under 8 minutes: the GPU tests, then the benchmarks named below, our inference also by the
+# paper's protocol (batch 128, fp16, channels last). Writes one JSON: {"machine", "tests", "benchmarks"}.
 #
 #   scripts/gpu_check.sh [gpu_check.json]
 #
@@ -24,15 +24,21 @@ left() { echo $((deadline - SECONDS > 5 ? deadline - SECONDS : 5)); }
 timeout $((limit_seconds / 2)) "$python" -m pytest tests/gpu -q --junit-xml "$parts/tests.xml"
 echo $? > "$parts/tests.code"
 
-benchmarks=(scripts/bench_*.py)
+benchmarks=( # name in the report: script and arguments
+    "scan: bench_scan.py --rounds 5 --batch 128"
+    "optimizer: bench_optimizer.py --models mambavision_t,mambavision_b"
+    "checkpoint: bench_checkpoint.py --model mambavision_b"
+    "paper_protocol: bench_step.py --paper-protocol --modes infer --models mambavision_t --compile off --rounds 5"
+    "step: bench_step.py --modes infer,train --compile off --channels-last on --rounds 5 --seconds 1"
+)
 remaining=${#benchmarks[@]}
-for script in "${benchmarks[@]}"; do
-    [ -e "$script" ] || continue # no benchmark at all: the pattern itself
-    name="$(basename "$script" .py)"
+for benchmark in "${benchmarks[@]}"; do
+    name="${benchmark%%: *}"
+    read -ra words <<<"${benchmark#*: }"
     share=$(($(left) / remaining))
     remaining=$((remaining - 1))
-    echo "== $name (up to $share s)"
-    timeout "$share" "$python" "$script" --json "$parts/$name.json"
+    echo "== ${words[*]} (up to $share s)"
+    timeout "$share" "$python" "scripts/${words[0]}" "${words[@]:1}" --json "$parts/$name.json"
     echo $? > "$parts/$name.code"
 done
 
@@ -55,7 +61,7 @@ report = {
 if (parts / "tests.xml").exists():
     suite = next(xml.parse(parts / "tests.xml").getroot().iter("testsuite"))
     report["tests"] |= {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-for code in sorted(parts.glob("bench_*.code")):
+for code in sorted(set(parts.glob("*.code")) - {parts / "tests.code"}):
     result, exit_code = code.with_suffix(".json"), int(code.read_text())
     report["benchmarks"][code.stem] = {
         "exit_code": exit_code,

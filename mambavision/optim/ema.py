@@ -81,7 +81,7 @@ def _move(averages: list[Tensor], values: list[Tensor], weight: float, refused: 
             dampening=0.0,
             nesterov=False,
             maximize=False,
-            is_first_step=True,
+            is_first_step=False,  # there is no momentum to begin with, and CUDA would warn of that
             grad_scale=None,
             found_inf=refused,
         )

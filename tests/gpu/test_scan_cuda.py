@@ -119,6 +119,11 @@ def test_long_scan_keeps_to_its_memory(cuda):
     assert torch.cuda.max_memory_allocated() - before < 3 * own
 
 
+def test_a_backend_is_measured_where_no_gradient_is_recorded_too(cuda):
+    with torch.inference_mode():
+        assert 0 < milliseconds("triton", Problem(8, 49, 160, 8, torch.bfloat16), cuda) < 5
+
+
 def test_the_choice_is_measured_once_and_remembered(cuda, tmp_path):
     if len(installed_backends()) < 2:
         pytest.skip("only one CUDA backend is installed: nothing to choose between")

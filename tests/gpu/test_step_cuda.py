@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from mambavision import create_model
-from mambavision.optim import Lamb
+from mambavision.distributed import BatchNormAverager
+from mambavision.optim import Lamb, ModelEma, global_grad_norm
 
 
 @pytest.fixture
@@ -14,24 +15,30 @@ def model(cuda):
     return create_model("mambavision_t", num_classes=10).to(cuda, memory_format=torch.channels_last)
 
 
-def step(model, optimizer, images, targets):
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        loss = F.cross_entropy(model(images), targets)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0, foreach=True)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def step(model, optimizer, averager, ema, images, targets):
+    """As the trainer takes it, over two micro-batches."""
+    averager.begin_step()
+    for index in range(2):
+        averager.begin_micro_batch(index)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = F.cross_entropy(model(images), targets) / 2
+        loss.backward()
+    norm = global_grad_norm(model.parameters())
+    averager.finish_step(2, norm)
+    optimizer.step(grad_norm=norm, clip=5.0)
+    ema.update(model, 0, grad_norm=norm)
+    optimizer.zero_grad(set_to_none=False)
     return loss.detach()
 
 
 def test_a_training_step_does_not_wait_for_the_device(model, cuda, no_host_sync):
-    optimizer = Lamb(model.parameters(), lr=1e-3)
+    parts = Lamb(model.parameters(), lr=1e-3), BatchNormAverager(model), ModelEma(model, 0.99)
     images = torch.randn(8, 3, 224, 224, device=cuda).to(memory_format=torch.channels_last)
     targets = torch.randint(10, (8,), device=cuda)
     for _ in range(2):  # compiles kernels, makes the optimizer's state
-        step(model, optimizer, images, targets)
+        step(model, *parts, images, targets)
     with no_host_sync:
-        loss = step(model, optimizer, images, targets)
+        loss = step(model, *parts, images, targets)
     assert torch.isfinite(loss)
 
 

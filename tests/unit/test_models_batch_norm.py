@@ -61,6 +61,16 @@ def test_a_refused_step_of_many_micro_batches_leaves_the_statistics_bitwise_and_
     assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), other.buffers()))
 
 
+def test_the_end_of_a_step_does_not_wait_for_the_device() -> None:
+    """On the meta device a value cannot be read at all."""
+    layer = Layer().to("meta")
+    averager = BatchNormAverager(layer)
+    averager.begin_step()
+    for index in range(2):
+        averager.begin_micro_batch(index)
+    averager.finish_step(2, torch.zeros((), device="meta"))
+
+
 @pytest.mark.slow
 def test_number_of_compiled_graphs_does_not_depend_on_the_number_of_micro_batches() -> None:
     """A layer's momentum is a number in the graph: were it another one in each micro-batch, each would be compiled."""
