@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from mambavision.ops.backend_choice import Problem, choose_cuda_backend, example_inputs, installed_backends
+from mambavision.ops.backend_choice import (
+    Problem,
+    choose_cuda_backend,
+    example_inputs,
+    installed_backends,
+    milliseconds,
+)
 from mambavision.ops.reference import scan_reference
 
 NAMES = ("y", "du", "ddelta", "dA", "dB", "dC", "dD", "dbias")
