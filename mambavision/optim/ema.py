@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ class ModelEma:
         self.decay = decay
         self.warmup = warmup
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.own = _Places(self.module)
+        self.theirs: tuple[weakref.ref, _Places] | None = None  # of the model that was given last
 
     def decay_at(self, step: int) -> float:
         """step: optimizer steps done before this one."""
@@ -34,15 +37,21 @@ class ModelEma:
     def update(self, model: nn.Module, step: int, *, grad_norm: Tensor | None = None) -> None:
         """Move towards `model` (the bare module, not a DDP or compiled wrapper); no host sync.
 
+        Its modules must stay what they are from one update to the next; its tensors need not.
         grad_norm: the one given to `optimizer.step`; where it is inf or nan the step was refused and the average stays.
         """
-        averages, counters = _split(self.module)
-        values, model_counters = _split(model)
-        if averages.keys() != values.keys() or counters.keys() != model_counters.keys():
-            raise ValueError("the EMA holds other tensor names than this model; give update() the unwrapped model")
+        theirs = self._places_of(model)
         refused = None if grad_norm is None else is_refused(grad_norm)
-        _move(list(averages.values()), list(values.values()), 1.0 - self.decay_at(step), refused)
-        _copy(list(counters.values()), list(model_counters.values()), refused)
+        _move(self.own.averaged(), theirs.averaged(), 1.0 - self.decay_at(step), refused)
+        _copy(self.own.copied(), theirs.copied(), refused)
+
+    def _places_of(self, model: nn.Module) -> _Places:
+        if self.theirs is None or self.theirs[0]() is not model:
+            places = _Places(model)
+            if places.names != self.own.names:
+                raise ValueError("the EMA holds other tensor names than this model; give update() the unwrapped model")
+            self.theirs = weakref.ref(model), places
+        return self.theirs[1]
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.module.state_dict()
@@ -51,13 +60,31 @@ class ModelEma:
         self.module.load_state_dict(state_dict)
 
 
-def _split(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Floating-point tensors, which are averaged, and all others, which are copied; by name."""
-    tensors = dict(module.named_parameters())
-    tensors.update(module.named_buffers())
-    averaged = {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
-    copied = {name: t.detach() for name, t in tensors.items() if not t.is_floating_point()}
-    return averaged, copied
+class _Places:
+    """Where a module keeps its floating-point tensors, which are averaged, and all others, which are copied.
+
+    Found once: to walk through all modules takes a CPU longer than to launch a GPU's whole update.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names: tuple[list[str], list[str]] = [], []
+        self.places: tuple[list[tuple[dict, str]], list[tuple[dict, str]]] = [], []
+        found = set()
+        for prefix, part in module.named_modules():
+            for holder in (part._parameters, part._buffers):
+                for key, tensor in holder.items():
+                    if tensor is None or id(tensor) in found:  # one that several modules share
+                        continue
+                    found.add(id(tensor))
+                    kind = 0 if tensor.is_floating_point() else 1
+                    self.names[kind].append(f"{prefix}.{key}")
+                    self.places[kind].append((holder, key))
+
+    def averaged(self) -> list[Tensor]:
+        return [holder[key] for holder, key in self.places[0]]
+
+    def copied(self) -> list[Tensor]:
+        return [holder[key] for holder, key in self.places[1]]
 
 
 def _move(averages: list[Tensor], values: list[Tensor], weight: float, refused: Tensor | None) -> None:

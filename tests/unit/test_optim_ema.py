@@ -120,3 +120,14 @@ def test_wrapped_model_is_refused_with_the_cure():
         ema.update(nn.Sequential(model), 0)
     with pytest.raises(ValueError, match="must lie in"):
         ModelEma(model, 1.0)
+
+
+def test_tensors_that_are_replaced_between_updates_are_followed():
+    model = WithAllBuffers()
+    ema = ModelEma(model, 0.0)  # becomes the model at each update
+    ema.update(model, 0)
+    model.norm.running_mean = torch.full((5,), 3.0)
+    model.head.weight = nn.Parameter(torch.full((200, 5), 2.0))
+    model.conv.weight.data = torch.ones_like(model.conv.weight)
+    ema.update(model, 1)
+    assert_same_tensors(ema.module, model)
