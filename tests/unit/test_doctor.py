@@ -134,6 +134,7 @@ sys.exit(doctor.main())
 """
 
 
+@pytest.mark.slow
 def test_a_host_whose_gpus_are_gone_is_named_and_no_rank_waits_for_it(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

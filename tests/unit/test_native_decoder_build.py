@@ -66,6 +66,7 @@ native_library._find_or_build()
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_build_left_is_never_taken_for_the_library(cache, slow_compiler, monkeypatch):
     command = [sys.executable, "-c", BUILD, str(native_library.SOURCE_DIRECTORY)]
     environment = {**os.environ, "CXX": str(slow_compiler)}
