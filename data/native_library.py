@@ -19,7 +19,7 @@ from ctypes import c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
-from mambavision.ops.native_build import cache_directory, find_compiler
+from mambavision.ops.native_build import cache_directory, find_compiler, looked_for
 
 SOURCE_DIRECTORY = Path(__file__).parent / "native"
 # -ffp-contract=off: pixels are the same bytes on every machine only if no compiler fuses multiplications and additions.
@@ -127,7 +127,7 @@ def _find_or_build() -> Path:
         if built:
             return built[-1]
         raise NativeUnavailable(
-            "no C++ compiler found (looked for $CXX, c++, g++, clang++). Install one with "
+            f"no C++ compiler found (looked for {looked_for()}). Install one with "
             "`apt install g++ libjpeg-dev` or `conda install -c conda-forge gxx libjpeg-turbo`, or run once on a node "
             f"that has one: the result is kept in {cache_directory()}"
         )

@@ -11,6 +11,27 @@ namespace loader {
 constexpr int MARGIN = 2;
 constexpr int PADDING = 64;  // bytes that may lie between the last pixel's data and the end marker; more is lost data
 
+#if JPEG_LIB_VERSION >= 70
+static int scaled_size(const jpeg_component_info &part) { return part.DCT_h_scaled_size; }
+static int smallest_scaled_size(const jpeg_decompress_struct &info) { return info.min_DCT_h_scaled_size; }
+#else
+static int scaled_size(const jpeg_component_info &part) { return part.DCT_scaled_size; }
+static int smallest_scaled_size(const jpeg_decompress_struct &info) { return info.min_DCT_scaled_size; }
+#endif
+
+// Whether libjpeg can leave out columns. It forgets in doing so that a component may be decoded at another scale than the
+// image and yet have to be enlarged: the colours of 4:1:0 at 1/2 and 1/4.
+static bool crops_exactly(const jpeg_decompress_struct &info) {
+    for (int c = 0; c < info.num_components; c++) {
+        const jpeg_component_info &part = info.comp_info[c];
+        const int size = scaled_size(part), smallest = smallest_scaled_size(info);
+        const bool enlarged = info.max_h_samp_factor * smallest > size * part.h_samp_factor ||
+                              info.max_v_samp_factor * smallest > size * part.v_samp_factor;
+        if (size != smallest && enlarged) return false;
+    }
+    return true;
+}
+
 JpegRegion::JpegRegion() {
     info_.err = jpeg_std_error(&errors_.manager);
     errors_.manager.error_exit = on_error;
@@ -66,7 +87,7 @@ Status JpegRegion::start(int denominator, int x0, int x1, int y0) {
     jpeg_start_decompress(&info_);
     const int left = std::max(0, x0 - MARGIN), right = std::min((int)info_.output_width, x1 + MARGIN);
     JDIMENSION at = left, columns = right - left;
-    if (columns < info_.output_width) jpeg_crop_scanline(&info_, &at, &columns);
+    if (columns < info_.output_width && crops_exactly(info_)) jpeg_crop_scanline(&info_, &at, &columns);
     else at = 0;
     offset_ = x0 - (int)at;
     if (y0 > 0 && jpeg_skip_scanlines(&info_, y0) != (JDIMENSION)y0) return DAMAGED;

@@ -18,12 +18,8 @@ void ask_for_large_pages(float *first, size_t bytes) {
 #endif
 }
 
-}  // namespace
-
-extern "C" {
-
 // Packed RGB bytes to packed RGB floats: (v - mean) / std of its channel, rounded after each step as torch rounds.
-CLONES void loader_normalize(const uint8_t *in, float *out, int64_t pixels, const float *mean, const float *std) {
+CLONES void normalize(const uint8_t *in, float *out, int64_t pixels, const float *mean, const float *std) {
     constexpr int BLOCK = 48;  // values of 16 pixels: whole vectors of any width, each with its channels in one order
     float means[BLOCK], stds[BLOCK];
     for (int i = 0; i < BLOCK; i++) means[i] = mean[i % 3], stds[i] = std[i % 3];
@@ -35,4 +31,9 @@ CLONES void loader_normalize(const uint8_t *in, float *out, int64_t pixels, cons
     for (; at < values; at++) out[at] = ((float)in[at] - mean[at % 3]) / std[at % 3];
 }
 
-}  // extern "C"
+}  // namespace
+
+// A name of its own: clang gives the clones of an exported function other names.
+extern "C" void loader_normalize(const uint8_t *in, float *out, int64_t pixels, const float *mean, const float *std) {
+    normalize(in, out, pixels, mean, std);
+}

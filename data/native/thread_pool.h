@@ -29,9 +29,11 @@ public:
         for (std::thread &thread : threads_) thread.join();
     }
 
-    // Calls task(0) ... task(count - 1), each once, in any order, and returns when all have returned. One run at a time.
+    // Calls task(0) ... task(count - 1), each once, in any order, and returns when all have returned. Callers in several
+    // threads take turns: two loaders' iterators may share a pool.
     // After a fork the child has no helpers: the caller then does everything.
     void run(int64_t count, const std::function<void(int64_t)> &task) {
+        const std::lock_guard<std::mutex> turn(turn_);
         {
             const std::lock_guard<std::mutex> guard(mutex_);
             task_ = &task;
@@ -67,7 +69,7 @@ private:
         }
     }
 
-    std::mutex mutex_;
+    std::mutex turn_, mutex_;  // turn_: held through a run
     std::condition_variable wake_, done_;
     std::vector<std::thread> threads_;
     const std::function<void(int64_t)> *task_ = nullptr;

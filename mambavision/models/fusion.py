@@ -45,8 +45,11 @@ def fuse_for_inference(model: MambaVision, dtype: torch.dtype | None = None) -> 
         fused.patch_embed.register_forward_pre_hook(_InputCast(dtype))
         if dtype == torch.bfloat16 and next(fused.parameters()).device.type == "cpu":
             _pack(fused)
+        # A normalisation that is left (there is no head to fold it into) has its running statistics in float32.
+        norms = [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
+        kept = {id(parameter) for norm in norms for parameter in norm.parameters()}
         for name, parameter in fused.named_parameters():
-            if not name.endswith(_KEPT_FLOAT32):
+            if not name.endswith(_KEPT_FLOAT32) and id(parameter) not in kept:
                 parameter.data = parameter.data.to(dtype)
     return fused.requires_grad_(False)
 

@@ -110,7 +110,7 @@ def find_or_build() -> Path:
         if built:
             return built[-1]
         raise NativeBuildError(
-            "no C++ compiler found (looked for $CXX, c++, g++, clang++). Install one with `apt install g++` or "
+            f"no C++ compiler found (looked for {looked_for()}). Install one with `apt install g++` or "
             "`conda install -c conda-forge gxx`, or run once on a node that has one: the result is kept in "
             f"{cache_directory()}"
         )
@@ -138,7 +138,10 @@ def cache_directory() -> Path:
     """$MAMBAVISION_CACHE, else $XDG_CACHE_HOME/mambavision, else ~/.cache/mambavision; libraries lie in native/."""
     if explicit := os.environ.get("MAMBAVISION_CACHE"):
         return Path(explicit) / "native"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambavision" / "native"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambavision" / "native"
+    except RuntimeError as error:  # neither $HOME nor an entry in the password file
+        raise NativeBuildError(f"no place for the cache ({error}); set MAMBAVISION_CACHE to a directory") from error
 
 
 def find_compiler() -> str | None:
@@ -146,6 +149,13 @@ def find_compiler() -> str | None:
     if explicit := os.environ.get("CXX"):
         return shutil.which(explicit)
     return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+
+
+def looked_for() -> str:
+    """For messages: what `find_compiler` takes."""
+    if explicit := os.environ.get("CXX"):
+        return f"CXX={explicit}: a program's name or path, without arguments"
+    return "c++, g++, clang++; $CXX names another"
 
 
 def _machine_key() -> str:
@@ -162,6 +172,10 @@ def _compiler_key(compiler: str) -> str:
     answer = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise NativeBuildError(f"the compiler {compiler} does not run: {answer.stderr.strip()[-500:]}")
+    if sys.platform == "linux" and "clang" in answer.stdout:
+        raise NativeBuildError(
+            f"{compiler} is clang, whose OpenMP is not the one that torch brings; install g++ and, if CXX is set, set CXX=g++"
+        )
     return hashlib.sha256(answer.stdout.encode()).hexdigest()[:16]
 
 

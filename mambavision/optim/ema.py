@@ -27,7 +27,16 @@ class ModelEma:
         self.warmup = warmup
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.own = _Places(self.module)
+        for average in self.own.averaged():  # fused kernels want dense ones, and a copy of a slice is a slice
+            dense = average.is_contiguous() or (
+                average.dim() == 4 and average.is_contiguous(memory_format=torch.channels_last)
+            )
+            average.data = average if dense else average.contiguous()
         self.theirs: tuple[weakref.ref, _Places] | None = None  # of the model that was given last
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles, which have other models to follow."""
+        return self.__dict__ | {"theirs": None}
 
     def decay_at(self, step: int) -> float:
         """step: optimizer steps done before this one."""

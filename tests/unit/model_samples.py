@@ -10,7 +10,7 @@ MICRO = {"dim": 16, "in_dim": 8, "depths": (1, 1, 3, 2), "num_heads": (1, 1, 2, 
 
 def micro(**overrides) -> nn.Module:
     torch.manual_seed(0)
-    return create_model("mambavision_t", num_classes=10, **{**MICRO, "drop_path": 0.0, **overrides})
+    return create_model("mambavision_t", **{"num_classes": 10, **MICRO, "drop_path": 0.0, **overrides})
 
 
 def relative(a: Tensor, b: Tensor) -> float:

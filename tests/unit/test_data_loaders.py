@@ -109,6 +109,19 @@ def once(config: DataConfig) -> int:
     return int((batch.images.sum((1, 2, 3)) % loader.num_classes == batch.targets).sum())
 
 
+def test_two_iterators_over_one_loader_have_their_own_images(tmp_path):
+    """They share a pool of decoding threads."""
+    betons = make_betons(make_folder(tmp_path / "folder", train=3, val=240), tmp_path, write_mode="original")
+    loader = build_eval_loader(DataConfig(source="ffcv", path=str(betons), image_size=64, num_workers=2), batch_size=60)
+    right = {int(i): image.clone() for batch in loader for i, image in zip(batch.indices, batch.images)}
+    for _ in range(4):
+        for both in zip(loader, loader):
+            for batch in both:
+                for index, image in zip(batch.indices.tolist(), batch.images):
+                    assert torch.equal(image, right[index]), f"sample {index}"
+    loader.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["native", "stock"])
 def test_1003_images_give_the_same_count_at_any_world_size(decoder, tmp_path):

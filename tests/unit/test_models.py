@@ -221,3 +221,12 @@ def test_the_compiled_forward_equals_eager_to_rounding_at_another_size_too():
         for size in (64, 72):
             x = torch.randn(2, 3, size, size)
             assert relative(compiled(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_fused_model_without_a_head_runs_in_half_precision(dtype: torch.dtype):
+    model = micro(num_classes=0).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        whole, half = model(images), fuse_for_inference(model, dtype)(images).float()
+    assert relative(half, whole) < 0.03

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mambavision.ops.gelu import gelu
 from mambavision.ops.native_build import load_native
@@ -73,3 +74,14 @@ def test_a_compiled_and_an_exported_graph_hold_pytorchs_operator():
 
     graph = torch.export.export(Layer(), (torch.randn(3),)).graph_module.code
     assert "torch.ops.aten.gelu" in graph and "mambavision" not in graph
+
+
+def test_a_forward_mode_derivative_is_refused_and_not_zero():
+    x = torch.randn(4)
+    with pytest.raises(NotImplementedError, match="forward AD with mambavision::gelu_forward"):
+        torch.func.jvp(gelu, (x,), (torch.ones_like(x),))
+
+
+def test_shapes_are_known_without_values():
+    with FakeTensorMode():
+        assert gelu(torch.empty(3, 4, dtype=torch.bfloat16)).shape == (3, 4)

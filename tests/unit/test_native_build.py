@@ -50,6 +50,30 @@ def test_unwritable_cache_names_the_variable_to_set(tmp_path, monkeypatch):
         find_or_build()
 
 
+def test_clang_is_refused_with_what_to_set(tmp_path, monkeypatch):
+    """It compiles the kernels, but they then want an OpenMP runtime that torch does not bring."""
+    compiler = tmp_path / "clang++"
+    compiler.write_text("#!/bin/sh\necho 'Debian clang version 14.0.6'\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(NativeBuildError, match=r"is clang, .*CXX=g\+\+"):
+        find_or_build()
+
+
+def test_a_compiler_with_arguments_and_a_user_without_a_home_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAMBAVISION_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "g++ -m64")
+    with pytest.raises(NativeBuildError, match=r"CXX=g\+\+ -m64: a program's name or path, without arguments"):
+        find_or_build()
+    for name in ("MAMBAVISION_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    with pytest.raises(NativeBuildError, match="no place for the cache .*set MAMBAVISION_CACHE"):
+        find_or_build()
+
+
 def test_cache_follows_the_environment(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.delenv("MAMBAVISION_CACHE", raising=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from data.pixels import EvalPlan, augmented, center_cropped
 from mambavision.config import AugmentConfig
 from tests.unit.data_samples import OPERATIONS, photograph
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 JPG, RAW = 0, 1
 MEAN = (0.485, 0.456, 0.406)
 PLAIN = AugmentConfig(auto_augment="none")
@@ -56,6 +58,16 @@ def test_a_crop_decodes_to_the_pixels_of_the_whole_image(options):
     ours = decoder()
     for sample in range(30):
         expected = augmented(whole, sample_key(7, 0, sample), ours_plan(PLAIN))
+        assert_nearly_equal(decode(ours, data, sample=sample), expected)
+
+
+def test_a_crop_of_a_4_1_0_image_has_its_colours():
+    """At 1/2 and 1/4 libjpeg decodes colours at another scale than brightness there, and forgets it when it leaves out columns."""
+    data = (GOLDEN / "sampling_410.jpg").read_bytes()
+    whole = Image.open(io.BytesIO(data)).convert("RGB")
+    ours = decoder(size=48)
+    for sample in range(60):
+        expected = augmented(whole, sample_key(7, 0, sample), ours_plan(PLAIN, 48))
         assert_nearly_equal(decode(ours, data, sample=sample), expected)
 
 

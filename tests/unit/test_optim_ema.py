@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -132,3 +133,24 @@ def test_tensors_that_are_replaced_between_updates_are_followed():
     ema.update(model, 1)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(ema.module.state_dict()[name], tensor)
+
+
+def test_a_copied_or_pickled_average_follows_the_model_it_is_given():
+    model = WithAllBuffers()
+    ema = ModelEma(model, 0.5)
+    ema.update(model, 0)
+    for other in (copy.deepcopy(ema), pickle.loads(pickle.dumps(ema))):
+        train_a_little(model, seed=1)
+        for step in range(1, 40):
+            other.update(model, step)
+        torch.testing.assert_close(other.module.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # native and torch's kernels
+def test_a_buffer_that_is_a_slice_is_averaged_too(dtype: torch.dtype):
+    model = nn.Linear(4, 3, dtype=dtype)
+    model.register_buffer("slice", torch.zeros(3, 4, dtype=dtype)[:, ::2])
+    ema = ModelEma(model, 0.5)
+    model.slice.copy_(torch.arange(6, dtype=dtype).reshape(3, 2))
+    ema.update(model, 0)
+    torch.testing.assert_close(ema.module.slice, model.slice / 2)

@@ -90,6 +90,9 @@ TORCH_LIBRARY_IMPL(mambavision, CPU, library) {
 }
 
 TORCH_LIBRARY_IMPL(mambavision, Autograd, library) {  // first gradients pass; who differentiates them is told
+  // Called where nothing asks for a gradient; a tangent of forward-mode differentiation would be dropped there.
+  for (const char* name : {"scan_forward", "token_conv_forward", "gelu_forward"})
+    library.impl(name, torch::autograd::autogradNotImplementedFallback());
   library.impl("scan_backward", mm::differentiable_scan_backward);
   library.impl("token_conv_backward", torch::autograd::autogradNotImplementedFallback());
   library.impl("gelu_backward", torch::autograd::autogradNotImplementedFallback());
