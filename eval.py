@@ -15,13 +15,13 @@ import sys
 
 def main() -> None:
     from mambavision.compose import compose_eval_config, refuse
-    from mambavision.engine.score import implied_overrides, score
+    from mambavision.engine.score import implied_overrides, score, with_quoted_checkpoint
     from mambavision.world_end import world_left_at_end
 
     try:
         given = sys.argv[1:]
         with world_left_at_end():
-            score(compose_eval_config(implied_overrides(given) + given))
+            score(compose_eval_config(implied_overrides(given) + with_quoted_checkpoint(given)))
     except ValueError as error:
         refuse(error)
 

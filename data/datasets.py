@@ -101,7 +101,7 @@ def list_folder(root: str | Path, *, classes: list[str] | None = None) -> Folder
         raise ValueError(f"{root} has classes that training does not know: {', '.join(unknown[:5])}")
     names, labels = [], []
     for number, name in enumerate(classes):
-        for directory, folders, files in os.walk(root / name, followlinks=True):
+        for directory, folders, files in os.walk(root / name, followlinks=True, onerror=_cannot_list):
             folders.sort()
             inside = [file for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES)]
             names += [os.path.relpath(os.path.join(directory, file), root) for file in inside]
@@ -109,6 +109,11 @@ def list_folder(root: str | Path, *, classes: list[str] | None = None) -> Folder
     if not names:
         raise ValueError(f"{root} has class folders but no images in them ({', '.join(IMAGE_SUFFIXES)})")
     return FolderSource(root, names, np.array(labels, dtype=np.int64), list(classes))
+
+
+def _cannot_list(error: OSError) -> None:
+    """os.walk passes over such a directory without a word: a class less, and nobody knows."""
+    raise ValueError(f"{error.filename} cannot be read: {error.strerror}; mend its permissions or its file system")
 
 
 FASHION_CLASSES = [

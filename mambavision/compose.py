@@ -158,6 +158,12 @@ def _check_choice(group: str, choice: str) -> None:
         raise ConfigError(f"there is no {group}={choice}; {advice}available: {', '.join(available)}")
 
 
+def quoted(text: str) -> str:
+    """As a string of Hydra's override grammar, whatever characters it has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def groups() -> list[str]:
     return sorted(p.name for p in CONF_DIR.iterdir() if p.is_dir())
 

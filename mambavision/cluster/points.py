@@ -16,7 +16,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from mambavision.compose import CONF_DIR, check_command_line, compose_train_config
+from mambavision.compose import CONF_DIR, check_command_line, compose_train_config, quoted
 from mambavision.config import TrainConfig
 from mambavision.config_checks import ConfigError
 from mambavision.run_dir import makes_another_run
@@ -164,12 +164,6 @@ def _without_placement(overrides: Iterable[str]) -> list[str]:
 
 
 def _placement(cfg: TrainConfig) -> list[str]:
-    tags = ",".join(_quoted(t) for t in cfg.logger.tags)
-    run_name = [f"run_name={_quoted(cfg.run_name)}"] if cfg.run_name else []
-    return [*run_name, f"logger.group={_quoted(cfg.logger.group or '')}", f"logger.tags=[{tags}]"]
-
-
-def _quoted(text: str) -> str:
-    """As a string of Hydra's override grammar, whatever characters it has."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    tags = ",".join(quoted(t) for t in cfg.logger.tags)
+    run_name = [f"run_name={quoted(cfg.run_name)}"] if cfg.run_name else []
+    return [*run_name, f"logger.group={quoted(cfg.logger.group or '')}", f"logger.tags=[{tags}]"]

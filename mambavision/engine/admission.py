@@ -70,10 +70,24 @@ def check_before_start(run_dir: RunDirectory, cfg: TrainConfig, stop: StopNotice
     kept = checkpoint.list_checkpoints(run_dir.checkpoints)
     if cfg.resume.mode == "never" and kept:
         raise ValueError(f"{run_dir.path} holds a run already and resume.mode=never; give another run_name=NAME")
+    if cfg.resume.allow and not cfg.run_name and not kept:
+        refuse_to_start_over(run_dir, cfg)
     stored = run_dir.stored_config()
     if stored is not None and kept:
         check_resume(stored, cfg)
     run_dir.write_status("running", step=checkpoint.step_of(kept[-1]) if kept else 0)
+
+
+def refuse_to_start_over(run_dir: RunDirectory, cfg: TrainConfig) -> None:
+    """resume.allow says that a run is to go on; without its name it would begin anew under another, silently."""
+    family = run_dir.path.name.rpartition("-")[0]
+    others = sorted(p.name for p in run_dir.path.parent.glob(f"{family}-*") if p != run_dir.path and p.is_dir())
+    if others:
+        raise ValueError(
+            f"resume.allow={list(cfg.resume.allow)} is for continuing a run, but a setting that makes it another run also "
+            f"gives it another name, and {run_dir.path} holds none. Give the name: run_name={others[0]}"
+            f"{' (or ' + ', '.join(others[1:4]) + ')' if others[1:] else ''}; or leave resume.allow out to start a new one"
+        )
 
 
 def log_changes(run_dir: RunDirectory, cfg: TrainConfig, world: World, step: int, telemetry: Telemetry) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 import data
+from data.batch import EvalLoader
 from data.batch_transform import BatchTransform
 from mambavision import VARIANTS, create_model, distributed
+from mambavision.compose import quoted
 from mambavision.config import AugmentConfig, EvalConfig
 from mambavision.engine import checkpoint as checkpoints
 from mambavision.engine.evaluate import evaluate
@@ -28,7 +30,7 @@ _IMPLIED_MODEL = ("architecture", "init", "window_padding")
 def implied_overrides(given: list[str]) -> list[str]:
     """What the checkpoint named in the command line says about model and data, as overrides to stand before it."""
     keys = {o.split("=", 1)[0].lstrip("+") for o in given}
-    path = next((o.split("=", 1)[1] for o in given if o.startswith("checkpoint=")), "")
+    path = next((_unquoted(o.split("=", 1)[1]) for o in given if o.startswith("checkpoint=")), "")
     if not path:
         raise ValueError("eval.py needs a checkpoint; type checkpoint=PATH (a file, or a run directory for its best)")
     content = read_checkpoint(find_file(path))
@@ -47,6 +49,15 @@ def implied_overrides(given: list[str]) -> list[str]:
     for key in _IMPLIED_DATA:
         implied += _as_overrides(f"data.{key}", config["data"][key])
     return [o for o in implied if o.split("=", 1)[0] not in keys]
+
+
+def with_quoted_checkpoint(given: list[str]) -> list[str]:
+    """The command line as Hydra reads it: a path may hold =, spaces or brackets, as the runs of a sweep do."""
+    return [f"checkpoint={quoted(_unquoted(o.split('=', 1)[1]))}" if o.startswith("checkpoint=") else o for o in given]
+
+
+def _unquoted(value: str) -> str:
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
 def _published_overrides(content: Any, path: str, given: list[str], keys: set[str]) -> list[str]:
@@ -110,6 +121,9 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
         cfg.data, batch_size=cfg.batch_size, rank=world.rank, world_size=world.world_size, split=cfg.eval_set
     )
     models = load_models(cfg, content, path, world.device)
+    check_classes(content, models, loader, cfg)
+    out = Path(cfg.out) if cfg.out else path.with_name(f"{path.name}.{cfg.eval_set}.eval.json")
+    distributed.on_main(world, lambda: check_writable(out))
     transform = BatchTransform(AugmentConfig(), cfg.data.mean, cfg.data.std, loader.num_classes, seed=0)
     autocast = autocast_context(precision, world.device)
     result = evaluate(models, loader, prepare=transform.evaluate, autocast=autocast, world=world)
@@ -118,17 +132,43 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
         "checkpoint": str(path),
         "model": cfg.model.name,
         "eval_set": cfg.eval_set,
+        "data": cfg.data.path or cfg.data.source,
         "precision": precision,
         **{key: getattr(cfg.data, key) for key in _PUBLISHED_SCORING},
         **result,
     }
     if world.is_main:
         report(record, models)
-        out = Path(cfg.out) if cfg.out else path.with_name(f"{path.name}.{cfg.eval_set}.eval.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(record, indent=1) + "\n")
         print(f"written to {out}")
     return record
+
+
+def check_classes(content: Any, models: dict[str, torch.nn.Module], loader: EvalLoader, cfg: EvalConfig) -> None:
+    """Raises ValueError where the model was trained for another number of classes; names are not known."""
+    head = next(iter(models.values())).head
+    width = head.out_features if isinstance(head, torch.nn.Linear) else 0
+    config = content.get("config") if isinstance(content, dict) else None
+    trained = (
+        config.get("num_classes", width) if isinstance(config, dict) else width
+    )  # a head may be wider than its data
+    if trained != loader.num_classes:
+        raise ValueError(
+            f"the checkpoint's model was trained for {trained} classes, {cfg.data.path or cfg.data.source} ({cfg.eval_set}) has "
+            f"{loader.num_classes}; give the data it was trained for (class folders are numbered by the train/ beside them)"
+        )
+
+
+def check_writable(out: Path) -> None:
+    """Before the evaluation, not after it. Raises ValueError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(21, "is a directory")
+        write_atomically(out.with_name(f"{out.name}.writable"), "")
+        out.with_name(f"{out.name}.writable").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror}; give another file with out=FILE") from error
 
 
 def load_models(cfg: EvalConfig, content: Any, path: Path, device: torch.device) -> dict[str, torch.nn.Module]:

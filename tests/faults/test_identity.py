@@ -88,6 +88,16 @@ def test_a_resume_with_another_recipe_is_refused_with_the_difference(
     assert refused.status["refused"] is True
 
 
+def test_a_run_that_is_to_go_on_under_changed_settings_needs_its_name(train: Trainer) -> None:
+    first = train.run("run", "run_name=''", "trainer.max_steps=2", ranks=1)
+    (directory,) = [p for p in train.output_dir.iterdir() if p.is_dir()]
+    changed = ("run_name=''", "optimizer.lr=0.001", "resume.allow=[optimizer.lr]", "trainer.max_steps=4")
+    refused = train.run("run", *changed, ranks=1)
+    assert (first.code, refused.code) == (0, 2)
+    assert f"run_name={directory.name}" in refused.output
+    assert train.run(directory.name, *changed[1:], ranks=1).events("start")[-1]["step"] == 2
+
+
 def test_an_allowed_change_is_made_and_recorded_and_a_harmless_one_needs_no_word(train: Trainer) -> None:
     stop_at(train, 4)
     changes = ("optimizer.lr=0.001", "resume.allow=[optimizer.lr]", "trainer.log_every_steps=4", "data.num_workers=1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from mambavision import VARIANTS, create_model
 from mambavision.compose import compose_eval_config, compose_train_config
-from mambavision.engine.score import implied_overrides, score
+from mambavision.engine.score import implied_overrides, score, with_quoted_checkpoint
 from mambavision.engine.session import run
 from tests.integration.test_experiments import SHRUNK
 
@@ -86,6 +87,26 @@ def test_a_published_file_is_scored_as_published(variant: str, file: str, implie
         model.crop_pct,
         model.crop_mode,
     )
+
+
+def test_a_model_of_other_classes_than_the_data_is_refused(finished_run: tuple[Path, dict]):
+    directory, _ = finished_run
+    with pytest.raises(ValueError, match="trained for 10 classes, synthetic .val. has 7; give the data"):
+        evaluate(f"checkpoint={directory}", "data.num_classes=7")
+
+
+def test_what_cannot_be_written_is_said_before_the_evaluation(finished_run: tuple[Path, dict], tmp_path: Path):
+    with pytest.raises(ValueError, match="is a directory; give another file with out=FILE"):
+        evaluate(f"checkpoint={finished_run[0]}", f"out={tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["optimizer.lr=0.001", "my model (1), it's"])
+def test_a_run_directory_of_any_name_can_be_given(name: str, finished_run: tuple[Path, dict], tmp_path: Path):
+    shutil.copytree(finished_run[0], tmp_path / name)
+    for given in (f"checkpoint={tmp_path / name}", f'checkpoint="{tmp_path / name}"'):
+        words = [given, f"out={tmp_path / 'scores.json'}"]
+        cfg = compose_eval_config([*implied_overrides(words), *with_quoted_checkpoint(words)])
+        assert cfg.checkpoint == str(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import struct
 import sys
 import tarfile
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 
 from data.beton import RAW, open_beton
-from data.datasets import fashion_mnist, imagenet_train, imagenet_val, imagenet_val_labels
+from data.datasets import fashion_mnist, imagenet_train, imagenet_val, imagenet_val_labels, list_folder
 from data.manifest import manifest_path, read_manifest, read_names
 from scripts.prepare_data import main
-from tests.unit.data_samples import make_folder, smooth_image
+from tests.unit.data_samples import make_folder, make_split, smooth_image
 
 
 def write_idx(path, values):
@@ -216,3 +217,17 @@ def test_one_source_by_another_name_is_the_same_source(prepared, tmp_path, capsy
 def test_a_file_of_other_settings_is_left_with_a_warning_that_says_which(prepared, capsys):
     code, said = answer([*prepared, "--quality", "50", "--max-resolution", "0"], capsys)
     assert code == 0 and "max_resolution 500, not None; quality 90, not 50: --force" in said
+
+
+def test_a_class_folder_that_cannot_be_listed_is_an_error_and_not_a_class_less(tmp_path, monkeypatch):
+    """Permissions, or a network file system that is away for a moment."""
+    root, honest = make_split(tmp_path, "train", 6), os.scandir
+
+    def scandir(path):
+        if str(path).endswith("class_1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return honest(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match="class_1 cannot be read: Permission denied"):
+        list_folder(root)
