@@ -37,6 +37,7 @@ from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read
 
 # Settings in which nodes may differ: where things lie there, and what the node has.
 _OF_A_NODE = ("output_dir", "data.path", "data.num_workers", "data.os_cache", "trainer.threads", "logger", "debug")
+_MOSTLY_START = 0.2  # share of the initial weights in the moving average at the end, above which it scores badly
 
 
 def run(cfg: TrainConfig) -> dict[str, Any]:
@@ -246,6 +247,15 @@ def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed
         device=str(world.device),
         torch=torch.__version__,
     )
+    start_share = cfg.trainer.ema_decay**trainer.last_step
+    if trainer.ema is not None and not cfg.trainer.ema_warmup and start_share > _MOSTLY_START:
+        trainer.telemetry.log(
+            "notice",
+            message=(
+                f"{start_share:.0%} of the moving average, which is scored as the best, will still be the start after "
+                f"{trainer.last_step} steps; type trainer.ema_warmup=true, or a smaller trainer.ema_decay"
+            ),
+        )
     expected = cfg.trainer.expected_gpus
     if expected is not None and expected != world.world_size:
         trainer.telemetry.log(
