@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -11,11 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _STRAGGLES = 1.5  # a rank that takes this many times the median is worth a line
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Falls silent where rich would end the process: `| head` and a pager that was left must not end a training."""
+        self.quiet = True
+        # What still lies in stdout's buffer must not fail either, at the latest when the interpreter flushes at exit.
+        with contextlib.suppress(OSError, ValueError):  # a file without a descriptor has nothing to point elsewhere
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self.file.fileno())
+            os.close(devnull)
+
+
 class ConsoleSink:
     def __init__(self, mode: str = "auto"):
         """mode: auto (progress bar on a terminal), or lines."""
         # Wide enough that a redirected log does not break its lines.
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = _Console(highlight=False, soft_wrap=True)
         self.progress: Progress | None = None
         if mode == "auto" and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -28,10 +42,13 @@ class ConsoleSink:
             show(fields)
 
     def _print(self, text: str) -> None:
+        self._draw(lambda: self.console.print(text, markup=False))
+
+    def _draw(self, action: Callable[[], object]) -> None:
         try:
-            self.console.print(text, markup=False)
-        except OSError:  # the terminal or the pipe is gone; metrics.jsonl has everything
-            self.console.quiet = True
+            action()
+        except OSError:  # the terminal is gone; metrics.jsonl has everything
+            self.console.on_broken_pipe()
 
     def _show_start(self, f: dict) -> None:
         self._print(f"run       {f['run_directory']}")
@@ -48,7 +65,7 @@ class ConsoleSink:
         if f.get("resumed_from"):
             self._print(f"resume    {f['resumed_from']}, step {f['step']}")
         if self.progress is not None:
-            self.progress.start()
+            self._draw(self.progress.start)
             self.task = self.progress.add_task("training", total=f["total_steps"], completed=f["step"])
 
     def _show_notice(self, f: dict) -> None:
@@ -102,13 +119,13 @@ class ConsoleSink:
 
     def _show_stop(self, f: dict) -> None:
         if self.progress is not None:
-            self.progress.stop()
+            self._draw(self.progress.stop)
         cause = f" ({f['cause']})" if f.get("cause") else ""
         self._print(f"{f['status']:<9} at step {f['step']}{cause}: {f['run_directory']}")
 
     def close(self, *, in_a_hurry: bool = False) -> None:
         if self.progress is not None:
-            self.progress.stop()
+            self._draw(self.progress.stop)
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,24 @@ def test_warnings_of_the_data_path_reach_the_log(tmp_path: Path) -> None:
     logging.getLogger("data.corrupt").warning("nor this, any more")
     telemetry.close()
     assert [e["message"] for e in read_events(tmp_path / "metrics.jsonl")] == ["image x.jpg cannot be read"]
+
+
+def test_a_reader_of_the_console_that_leaves_does_not_end_the_training() -> None:
+    program = """
+import sys
+from mambavision.telemetry.console import ConsoleSink
+sink = ConsoleSink()
+sys.stdin.readline()
+for _ in range(3):
+    sink.log("notice", {"message": "nobody reads this"})
+print("nor this")
+sink.close()
+"""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    process.stdout.close()
+    _, errors = process.communicate(b"go\n", timeout=60)
+    assert (process.returncode, errors) == (0, b"")
 
 
 def test_meters_mean_over_steps() -> None:
