@@ -34,6 +34,7 @@ from mambavision.run_dir import RunDirectory, belongs_to, run_directory, setting
 from mambavision.run_history import no_progress_message, starts_without_progress
 from mambavision.telemetry.console import ConsoleSink
 from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
+from mambavision.telemetry.wandb_sink import WandbSink, wandb_mode
 
 # Settings in which nodes may differ: where things lie there, and what the node has.
 _OF_A_NODE = ("output_dir", "data.path", "data.num_workers", "data.os_cache", "trainer.threads", "logger", "debug")
@@ -180,9 +181,7 @@ def build_telemetry(cfg: TrainConfig, run_dir: RunDirectory, world: World) -> Te
     telemetry = Telemetry([JsonlSink(run_dir.metrics)])
     if cfg.logger.console != "off":
         telemetry.sinks.append(ConsoleSink(cfg.logger.console))
-    if cfg.logger.wandb != "off":
-        from mambavision.telemetry.wandb_sink import WandbSink
-
+    if wandb_mode(cfg.logger) != "off":
         sent = {e["event"]: e["step"] for e in read_events(run_dir.metrics) if e["event"] in ("train", "eval")}
         warn = lambda message: telemetry.log("warning", message=message)  # noqa: E731
         telemetry.sinks.append(WandbSink(cfg.logger, run_dir.path, run_dir.path.name, asdict(cfg), sent, warn))

@@ -27,6 +27,18 @@ _FAILURES_IN_A_ROW = 20  # of log calls, after which W&B is left alone
 _WARNING_SECONDS = 60.0
 
 
+def wandb_mode(cfg: LoggerConfig) -> str:
+    """auto, online, offline or off: what the configuration says, and where that is auto, what W&B's variables say."""
+    if cfg.wandb != "auto":
+        return cfg.wandb
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "off"
+    wanted = os.environ.get("WANDB_MODE", "").lower()
+    return {"disabled": "off", "dryrun": "offline", "run": "online"}.get(
+        wanted, wanted if wanted in ("online", "offline") else "auto"
+    )
+
+
 class WandbSink:
     def __init__(
         self,
@@ -136,8 +148,8 @@ class WandbSink:
         return self._init(wandb, "offline")
 
     def _mode(self, wandb: Any) -> str:
-        wanted = os.environ.get("WANDB_MODE", "") or self.cfg.wandb
-        if wanted in ("online", "offline"):
+        wanted = wandb_mode(self.cfg)
+        if wanted != "auto":
             return wanted
         return "online" if _has_key(wandb) else "offline"
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mambavision.config import LoggerConfig
 from mambavision.telemetry.meters import StepMeters
 from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
+from mambavision.telemetry.wandb_sink import wandb_mode
 
 
 def test_a_line_cut_short_by_a_kill_does_not_take_the_next_one_along(tmp_path: Path) -> None:
@@ -77,6 +79,30 @@ sink.close()
     process.stdout.close()
     _, errors = process.communicate(b"go\n", timeout=60)
     assert (process.returncode, errors) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("configured", "variables", "mode"),
+    [
+        ("auto", {}, "auto"),
+        ("auto", {"WANDB_MODE": "disabled"}, "off"),
+        ("auto", {"WANDB_DISABLED": "true", "WANDB_MODE": "online"}, "off"),
+        ("auto", {"WANDB_DISABLED": "false"}, "auto"),
+        ("auto", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("auto", {"WANDB_MODE": "online"}, "online"),
+        ("offline", {"WANDB_MODE": "online"}, "offline"),
+        ("online", {"WANDB_MODE": "disabled"}, "online"),
+        ("off", {"WANDB_MODE": "online"}, "off"),
+    ],
+)
+def test_wandb_variables_decide_where_the_configuration_leaves_it_open(
+    configured: str, variables: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(LoggerConfig(wandb=configured)) == mode
 
 
 def test_meters_mean_over_steps() -> None:
