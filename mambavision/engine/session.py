@@ -182,9 +182,9 @@ def build_telemetry(cfg: TrainConfig, run_dir: RunDirectory, world: World) -> Te
     if cfg.logger.console != "off":
         telemetry.sinks.append(ConsoleSink(cfg.logger.console))
     if wandb_mode(cfg.logger) != "off":
-        sent = {e["event"]: e["step"] for e in read_events(run_dir.metrics) if e["event"] in ("train", "eval")}
+        history = read_events(run_dir.metrics)
         warn = lambda message: telemetry.log("warning", message=message)  # noqa: E731
-        telemetry.sinks.append(WandbSink(cfg.logger, run_dir.path, run_dir.path.name, asdict(cfg), sent, warn))
+        telemetry.sinks.append(WandbSink(cfg.logger, run_dir.path, run_dir.path.name, asdict(cfg), history, warn))
     return telemetry
 
 

@@ -1,11 +1,13 @@
 """Weights & Biases as an observer that cannot hurt: its own thread, a bounded queue, offline without key or network.
 
 The run id lives in the run directory, so that a resumed run is the same W&B run; steps already sent are not sent again.
+What a kill may have taken from an offline part is sent again from metrics.jsonl, as the same steps with equal values.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import queue
 import threading
@@ -22,6 +24,7 @@ from mambavision.run_dir import write_atomically
 _QUEUE_EVENTS = 10_000
 _CLOSE_SECONDS, _CLOSE_HURRIED_SECONDS, _UPLOAD_SECONDS = 30.0, 3.0, 900.0
 _SENT_EVENTS = ("train", "eval")
+_SCORES = ("eval/top1", "eval/ema_top1", "eval/top5", "eval/ema_top5")  # whose best values the summary shows
 _GRACE_SECONDS = 15.0  # after init_timeout_seconds, for W&B's own retries and the step to offline
 _FAILURES_IN_A_ROW = 20  # of log calls, after which W&B is left alone
 _WARNING_SECONDS = 60.0
@@ -34,9 +37,7 @@ def wandb_mode(cfg: LoggerConfig) -> str:
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
         return "off"
     wanted = os.environ.get("WANDB_MODE", "").lower()
-    return {"disabled": "off", "dryrun": "offline", "run": "online"}.get(
-        wanted, wanted if wanted in ("online", "offline") else "auto"
-    )
+    return {"disabled": "off", "dryrun": "offline", "offline": "offline", "online": "online"}.get(wanted, "auto")
 
 
 class WandbSink:
@@ -46,12 +47,14 @@ class WandbSink:
         directory: Path,
         run_name: str,
         config: dict[str, Any],
-        last_step: dict[str, int],
+        history: list[dict[str, Any]],
         warn: Callable[[str], None],
     ):
-        """last_step: event -> the newest step that earlier starts of this run have logged; only later ones are sent."""
+        """history: what earlier starts of this run have logged; of this start only later steps are sent."""
         self.cfg, self.directory, self.run_name, self.config, self.warn_run = cfg, directory, run_name, config, warn
-        self.last_step = {event: last_step.get(event, -1) for event in _SENT_EVENTS}
+        self.last_step = _newest_steps(history)
+        # Beside the bounded queue, which a long history would fill.
+        self.catching_up = [("best", _best_scores(history)), *_unsent(history, directory)]
         self.events: queue.Queue = queue.Queue(_QUEUE_EVENTS)
         self.dropped = 0
         self.last_warning = float("-inf")
@@ -69,8 +72,7 @@ class WandbSink:
         waiting = time.monotonic() - self.created
         if self.progress == "starting" and waiting > self.cfg.init_timeout_seconds + _GRACE_SECONDS:
             self._warn(f"W&B has not started within {waiting:.0f} s; training does not wait for it")
-        values = {k: v for k, v in fields.items() if isinstance(v, (int, float))}
-        self._put(event, values)
+        self._put(event, _numbers(fields))
 
     def _put(self, event: str, values: dict[str, float]) -> None:
         try:
@@ -105,7 +107,7 @@ class WandbSink:
             run = self._start()
             self.progress = "logging"
             failures = 0
-            while (item := self.events.get()) is not None:
+            for item in itertools.chain(self.catching_up, iter(self.events.get, None)):
                 try:
                     self._send(run, *item)
                     failures = 0
@@ -128,8 +130,9 @@ class WandbSink:
         if event == "artifacts":
             self._upload_checkpoints(run)
             return
-        run.log(values)
-        if event == "eval":
+        if event in _SENT_EVENTS:
+            run.log(values)
+        if event in ("eval", "best"):
             self._summarise(run, values)
 
     def _start(self) -> Any:
@@ -171,7 +174,7 @@ class WandbSink:
         return run
 
     def _summarise(self, run: Any, values: dict[str, float]) -> None:
-        for key in ("eval/top1", "eval/ema_top1", "eval/top5", "eval/ema_top5"):
+        for key in _SCORES:
             if key in values:
                 best = f"best/{key.removeprefix('eval/')}"
                 run.summary[best] = max(values[key], run.summary.get(best) or 0.0)
@@ -201,6 +204,43 @@ class WandbSink:
         if time.monotonic() - self.last_warning >= _WARNING_SECONDS:
             self.last_warning = time.monotonic()
             self.warn_run(message)
+
+
+def _newest_steps(events: list[dict[str, Any]]) -> dict[str, int]:
+    return {name: max((e["step"] for e in events if e["event"] == name), default=-1) for name in _SENT_EVENTS}
+
+
+def _best_scores(events: list[dict[str, Any]]) -> dict[str, float]:
+    """An offline part knows nothing of the parts before it, so its summary starts from these."""
+    evaluations = [_numbers(e) for e in events if e["event"] == "eval"]
+    return {key: max(e[key] for e in evaluations if key in e) for key in _SCORES if any(key in e for e in evaluations)}
+
+
+def _unsent(history: list[dict[str, Any]], directory: Path) -> list[tuple[str, dict[str, float]]]:
+    """What a kill may have taken: an offline part is written 32 KiB at a time, an online one is sent as it comes.
+
+    Only an orderly stop has waited for W&B: a start that fails ends in a hurry.
+    """
+    if not _last_part_is_offline(directory):
+        return []
+    stops = [i for i, e in enumerate(history) if e["event"] == "stop" and e.get("status") != "failed"]
+    first = stops[-1] + 1 if stops else 0
+    newest, unsent = _newest_steps(history[:first]), []
+    for event in history[first:]:
+        name = event["event"]
+        if name in _SENT_EVENTS and event["step"] > newest[name]:  # a resumed start has logged some steps anew
+            newest[name] = event["step"]
+            unsent.append((name, _numbers({k: v for k, v in event.items() if k != "time"})))
+    return unsent
+
+
+def _last_part_is_offline(directory: Path) -> bool:
+    names = [path.name for path in (directory / "wandb").glob("*run-*-*")]
+    return bool(names) and max(names, key=lambda name: name.removeprefix("offline-")).startswith("offline-")
+
+
+def _numbers(fields: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in fields.items() if isinstance(v, (int, float))}
 
 
 def _has_key(wandb: Any) -> bool:

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from mambavision.config import LoggerConfig
 from mambavision.telemetry.meters import StepMeters
 from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
-from mambavision.telemetry.wandb_sink import wandb_mode
+from mambavision.telemetry.wandb_sink import WandbSink, wandb_mode
 
 
 def test_a_line_cut_short_by_a_kill_does_not_take_the_next_one_along(tmp_path: Path) -> None:
@@ -103,6 +104,56 @@ def test_wandb_variables_decide_where_the_configuration_leaves_it_open(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert wandb_mode(LoggerConfig(wandb=configured)) == mode
+
+
+class _WandbRun:
+    def __init__(self) -> None:
+        self.summary: dict[str, float] = {}
+        self.logged: list[dict] = []
+        self.log = self.logged.append
+        self.define_metric = self.finish = lambda *args, **kwargs: None
+
+
+def _resume_offline(directory: Path, history: list[dict], monkeypatch: pytest.MonkeyPatch) -> _WandbRun:
+    run = _WandbRun()
+    fake = SimpleNamespace(init=lambda **settings: run, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    sink = WandbSink(LoggerConfig(wandb="offline"), directory, "run", {}, history, warn=pytest.fail)
+    sink.log("train", {"step": 4, "train/loss": 4.0})
+    sink.log("train", {"step": 8, "train/loss": 8.0})
+    sink.close()
+    return run
+
+
+def _train(*steps: int) -> list[dict]:
+    return [{"event": "train", "time": 1.0, "step": step, "train/loss": float(step)} for step in steps]
+
+
+_STOPPED = [*_train(1, 2), {"event": "eval", "step": 2, "eval/top1": 50.0}, {"event": "stop", "status": "preempted"}]
+_KILLED = [*_train(2, 3, 4), {"event": "eval", "step": 4, "eval/top1": 40.0}, *_train(3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("part", "history", "sent"),
+    [
+        ("offline-run-20260101_000000-x", [*_STOPPED, *_KILLED], [3, 4, 4, 5, 8]),
+        ("offline-run-20260101_000000-x", [*_KILLED, {"event": "stop", "status": "failed"}], [2, 3, 4, 4, 5, 8]),
+        ("offline-run-20260101_000000-x", [*_KILLED, *_STOPPED], [8]),
+        ("run-20260102_000000-x", [*_STOPPED, *_KILLED], [8]),
+    ],
+)
+def test_what_a_kill_took_from_an_offline_wandb_is_sent_by_the_next_start(
+    part: str, history: list[dict], sent: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("offline-run-20251231_000000-x", part):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+    run = _resume_offline(tmp_path, history, monkeypatch)
+    assert [values["step"] for values in run.logged] == sent
+    assert all("time" not in values for values in run.logged)
+
+
+def test_an_offline_summary_keeps_the_best_of_earlier_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _resume_offline(tmp_path, [*_STOPPED, *_KILLED], monkeypatch).summary == {"best/top1": 50.0}
 
 
 def test_meters_mean_over_steps() -> None:
