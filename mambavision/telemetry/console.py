@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+_BAR_COLUMNS = 30  # with the longest epoch, step and remaining time the line then fits a terminal of 80 columns
 _STRAGGLES = 1.5  # a rank that takes this many times the median is worth a line
 
 
@@ -32,7 +33,9 @@ class ConsoleSink:
         self.console = _Console(highlight=False, soft_wrap=True)
         self.progress: Progress | None = None
         if mode == "auto" and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            bar = (BarColumn(_BAR_COLUMNS), MofNCompleteColumn())
+            # The remaining time of the figures: rich's own estimate would contradict it.
+            columns = (TextColumn("{task.description}"), *bar, TextColumn("{task.fields[remaining]}"))
             self.progress = Progress(*columns, console=self.console, transient=True)
         self.task = None
 
@@ -66,7 +69,9 @@ class ConsoleSink:
             self._print(f"resume    {f['resumed_from']}, step {f['step']}")
         if self.progress is not None:
             self._draw(self.progress.start)
-            self.task = self.progress.add_task("training", total=f["total_steps"], completed=f["step"])
+            self.task = self.progress.add_task(
+                f"epoch {f['step'] // f['steps_per_epoch']}", total=f["total_steps"], completed=f["step"], remaining=""
+            )
 
     def _show_notice(self, f: dict) -> None:
         self._print(f"note      {f['message']}")
@@ -75,16 +80,16 @@ class ConsoleSink:
         self._print(f"warning   {f['message']}")
 
     def _show_train(self, f: dict) -> None:
-        line = (
+        remaining = _duration(f["eta_seconds"])
+        if self.progress is not None:
+            bar = dict(description=f"epoch {f['epoch']}", remaining=f"{remaining} left")
+            self.progress.update(self.task, completed=f["step"], **bar)
+        self._print(
             f"epoch {f['epoch']}  step {f['step']}/{f['total_steps']}  loss {f['train/loss']:.4f}  lr "
             f"{f['optimizer.lr']:.2e}  "
             f"{f['speed/img_per_sec']:,.0f} img/s  data {100 * f['speed/data_wait_fraction']:.0f} %  "
-            f"{f['speed/memory_gib']:.1f} GiB  eta {_duration(f['eta_seconds'])}"
+            f"{f['speed/memory_gib']:.1f} GiB  eta {remaining}"
         )
-        if self.progress is None:
-            self._print(line)
-        else:
-            self.progress.update(self.task, completed=f["step"], description=line)
 
     def _show_eval(self, f: dict) -> None:
         ema = f"  EMA {f['eval/ema_top1']:.2f} % ({f['eval/ema_top5']:.2f} %)" if "eval/ema_top1" in f else ""

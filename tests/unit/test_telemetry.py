@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import subprocess
@@ -11,8 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from mambavision.config import LoggerConfig
+from mambavision.telemetry.console import ConsoleSink
 from mambavision.telemetry.meters import StepMeters
 from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
 from mambavision.telemetry.wandb_sink import WandbSink, wandb_mode
@@ -80,6 +83,27 @@ sink.close()
     process.stdout.close()
     _, errors = process.communicate(b"go\n", timeout=60)
     assert (process.returncode, errors) == (0, b"")
+
+
+def test_the_bar_shows_step_and_remaining_time_on_a_terminal_of_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    sink = ConsoleSink()
+    words = ("run_directory", "model", "num_classes", "scan_backend", "batch_plan", "precision", "device")
+    counts = dict(parameters=1, train_images=1, eval_images=1, steps_per_epoch=1251, total_steps=375300, step=0)
+    sink.log("start", {**dict.fromkeys(words, ""), **counts})
+    figures = {"train/loss": 2.0, "optimizer.lr": 1e-3}
+    speed = {f"speed/{name}": 0.5 for name in ("img_per_sec", "data_wait_fraction", "memory_gib")}
+    progress = dict(epoch=299, step=375299, total_steps=375300, eta_seconds=59 * 60 + 59)
+    sink.log("train", {**progress, **figures, **speed})
+    sink.close()
+    shown = Console(width=80, file=io.StringIO(), color_system=None)
+    shown.print(sink.progress.get_renderable())
+    (line,) = shown.file.getvalue().splitlines()
+    assert line.startswith("epoch 299 ") and line.rstrip().endswith(" 375299/375300 59 min 59 s left")
+    assert "loss 2.0000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
