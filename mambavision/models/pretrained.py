@@ -16,6 +16,8 @@ from torch import Tensor, nn
 NESTING_KEYS = ("state_dict", "model")  # where files keep their weights; none of them: the file is the weights
 PREFIXES = ("module.", "encoder.", "model.", "_orig_mod.")
 LISTED_KEYS = 8  # a message names this many keys of a kind and counts the rest
+SAVED_STARTS = (b"PK", b"\x80")  # what torch.save writes: a zip archive, or pickles in its old format
+STEM = "patch_embed.conv_down.0.weight"  # (in_dim, in_chans, 3, 3)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, weights: str = "model", replace_head: bool = False) -> None:
@@ -39,24 +41,46 @@ def read_checkpoint(path: str | Path) -> Any:
         raise ValueError(
             f"checkpoint {str(path)!r} does not exist; give the path of a .pt, .pth.tar or .safetensors file"
         )
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
+    if path.suffix != ".safetensors":
+        _refuse_other_formats(path)
     try:
-        # timm's savers, and so the published files, keep the command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return _load_file(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"checkpoint {str(path)!r} holds objects other than tensors and plain containers, which are not loaded "
             f"because that could run code: {_first_line(error)}. If you trust it, re-save its weights alone: "
             "torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW_PATH)"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"checkpoint {str(path)!r} cannot be read ({_first_line(error)}); it may be cut short: fetch it again"
-        ) from error
+    except Exception as error:  # what the loaders raise for damaged content is not documented
+        raise _unreadable(path, error) from error
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Text, YAML or the page of a failed download: torch.load takes any of them for an unsafe or broken pickle."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not start.startswith(SAVED_STARTS):
+        found = f"it begins with {start!r}" if start else "it is empty"
+        raise ValueError(f"{str(path)!r} is not a checkpoint ({found}); fetch it again")
+
+
+def _load_file(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    # timm's savers, and so the published files, keep the command line beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"checkpoint {str(path)!r} cannot be read ({_first_line(error)}); it may be cut short: fetch it again"
+    )
 
 
 def find_weights(content: Any, path: str | Path, *, weights: str = "model") -> dict[str, Tensor]:
@@ -109,7 +133,8 @@ def load_weights(
         lines += _listed("missing in the file", missing)
         lines += _listed("not in the model", unexpected)
         lines += _listed("of another shape", misshapen)
-        lines.append(_fit_advice(state, missing, unexpected))
+        lone = len(misshapen) == 1 and not missing and not unexpected
+        lines.append((lone and _in_chans_advice(state, own)) or _fit_advice(state, missing, unexpected))
         raise ValueError("\n".join(lines))
     model.load_state_dict(state, strict=True)
 
@@ -124,6 +149,14 @@ def _head_advice(path: str | Path, classes: int, wanted: int) -> str:
         f"checkpoint {str(path)!r} {has}, the model {wanted}; pass num_classes={classes}, "
         "or replace_head=True to start a fresh head"
     )
+
+
+def _in_chans_advice(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """For a file whose only misfit is one shape: what to pass if that is the stem's input channels, else ''."""
+    if STEM not in own or state[STEM].ndim != 4 or state[STEM].shape[1] == own[STEM].shape[1]:
+        return ""
+    channels = state[STEM].shape[1]
+    return f"the file is of a model for images of {channels} channels: pass in_chans={channels}"
 
 
 def _fit_advice(state: dict[str, Tensor], missing: list[str], unexpected: list[str]) -> str:

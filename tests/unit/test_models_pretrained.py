@@ -139,3 +139,29 @@ def test_absent_and_cut_files_are_told_apart(tmp_path, source):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"cannot be read .* cut short"):
         build(checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("weights.pt", b"trainer:\n  epochs: 3\n", r"is not a checkpoint \(it begins with b'trainer:.*fetch it again"),
+        ("weights.pth", b"hello there\n", "is not a checkpoint"),
+        ("weights.pth.tar", b"<!DOCTYPE html><title>404</title>", "is not a checkpoint .*<!DOCTYPE"),
+        ("weights.pt", b"", r"is not a checkpoint \(it is empty\)"),
+        ("weights.pt", b"\x80\x02\x8a", "weights.pt"),
+        ("weights.safetensors", b"", r"cannot be read .*fetch it again"),
+        ("weights.safetensors", b"<!DOCTYPE html><title>404</title>", r"cannot be read .*fetch it again"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_without_a_word_of_unsafe_loading(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        build(checkpoint=path)
+    assert "weights_only=False" not in str(refused.value)
+
+
+def test_weights_for_other_input_channels_name_in_chans(tmp_path):
+    path = save(tmp_path, build(in_chans=1).state_dict())
+    with pytest.raises(ValueError, match=r"conv_down.0.weight is \(8, 1, 3, 3\)[\s\S]*: pass in_chans=1$"):
+        build(checkpoint=path)
