@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,10 +30,11 @@ from rich.table import Table
 
 from data.batch import workers_per_rank
 from data.beton import RAW, EncodedImage, open_beton
-from data.datasets import find_split, list_folder
+from data.folder import split_source
 from data.jpeg_check import jpeg_damage
 from data.manifest import read_names, verify
 from data.pixels import UNREADABLE, read_image
+from mambavision.config import DataConfig
 
 ORIENTATION_TAG = 0x0112
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 10, 6, 96
@@ -77,8 +79,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--contact-sheet", help="write a PNG of some samples of each class (per split: -train, -val)")
     parser.add_argument("--num-workers", type=int, help="threads (default: all cores)")
     args = parser.parse_args(arguments)
+    args.split = args.split or ["train", "val"]
+    try:
+        check_outputs(args)
+    except ValueError as error:
+        print(f"check_data: {error}", file=sys.stderr)
+        return 2
     reports = []
-    for split in args.split or ("train", "val"):
+    for split in args.split:
         try:
             reports.append(check_split(Path(args.path).expanduser(), split, args))
         except (ValueError, OSError) as error:
@@ -87,6 +95,34 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
     return int(any(report.problems for report in reports))
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Before hours of decoding, not after them.
+
+    Raises:
+        ValueError: a path that cannot be written, with what to give.
+    """
+    if args.json:
+        check_writable("--json", Path(args.json))
+    if args.contact_sheet:
+        if Path(args.contact_sheet).suffix.lower() != ".png":
+            raise ValueError(f"--contact-sheet {args.contact_sheet}: give a name that ends in .png, e.g. sheet.png")
+        for split in args.split:
+            check_writable("--contact-sheet", sheet_path(args.contact_sheet, split))
+
+
+def check_writable(option: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: the directory {path.parent} does not exist; make it, or give another path")
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a directory; give the name of a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option}: {path} cannot be written; give a path in a directory of yours")
+
+
+def sheet_path(given: str, split: str) -> Path:
+    return Path(given).with_stem(f"{Path(given).stem}-{split}")
 
 
 def check_split(root: Path, split: str, args: argparse.Namespace) -> Report:
@@ -98,7 +134,7 @@ def check_split(root: Path, split: str, args: argparse.Namespace) -> Report:
         classes = verify(beton).classes
         read: Callable[[int], EncodedImage | bytes] = beton.stored
     else:
-        folder = list_folder(find_split(root, split))
+        folder = split_source(DataConfig(source="folder", path=str(root)), split)
         names, labels, classes, source, read = folder.names, folder.labels, folder.classes, folder.origin, folder.read
     report = Report(split, source, len(names), len(classes))
     if beton_path.exists():
@@ -110,8 +146,7 @@ def check_split(root: Path, split: str, args: argparse.Namespace) -> Report:
     looked = look_at_all(read, len(names), workers_per_rank(args.num_workers), split, set(shown))
     summarise(report, looked, names, labels, classes)
     if args.contact_sheet:
-        path = Path(args.contact_sheet)
-        contact_sheet(looked, shown, path.with_stem(f"{path.stem}-{split}"))
+        contact_sheet(looked, shown, sheet_path(args.contact_sheet, split))
     return report
 
 
