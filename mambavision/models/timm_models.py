@@ -39,8 +39,11 @@ def _register_with_timm(name: str) -> None:
         # timm's own words for two of our keywords, and one that has a single meaning here.
         if "drop_path_rate" in kwargs:
             kwargs["drop_path"] = kwargs.pop("drop_path_rate")
-        if kwargs.pop("global_pool", "avg") != "avg":
+        if kwargs.pop("global_pool", None) not in (None, "avg"):
             raise ValueError("global_pool: MambaVision pools by the average, global_pool='avg'")
+        # timm's train.py always passes it. Its other keywords are None by default, which timm.create_model leaves out.
+        if drop_rate := kwargs.pop("drop_rate", 0):
+            raise ValueError(f"drop_rate={drop_rate}: MambaVision has no dropout before its head; use drop_path_rate")
         features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
         return build_model_with_cfg(
             _build_for_timm, name, pretrained, feature_cfg=features, variant_name=name, **kwargs

@@ -154,6 +154,15 @@ def test_timm_builds_the_same_models_by_the_same_names():
         timm.create_model("mambavision_t", depht=(1, 1, 1, 1))
 
 
+def test_timm_builds_with_all_that_its_own_train_script_passes():
+    unset = ("in_chans", "drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps")
+    keywords = dict.fromkeys(unset) | {"num_classes": 7, "drop_rate": 0.0, "scriptable": False, "checkpoint_path": ""}
+    model = timm.create_model("mambavision_nano", pretrained=False, **keywords)
+    assert model.head.out_features == 7
+    with pytest.raises(ValueError, match=r"drop_rate=0.1: .* no dropout before its head; use drop_path_rate"):
+        timm.create_model("mambavision_nano", drop_rate=0.1)
+
+
 def test_linear_layers_are_drawn_as_timm_draws_them():
     layer, expected = torch.nn.Linear(64, 33), torch.empty(33, 64)
     torch.manual_seed(5)
