@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
-from data import build_train_loader
+from data import TrainLoader, build_train_loader
 from data.batch_transform import BatchTransform
 from mambavision.compose import compose_train_config
+from mambavision.config import TrainConfig
 
 CAPTION_HEIGHT = 12
 MARGIN = 2
@@ -32,14 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=64, help="images shown, at most one micro-batch")
     args, overrides = parser.parse_known_args(arguments)
     try:
+        check_arguments(args)
         cfg = compose_train_config(overrides)
-        loader = build_train_loader(
-            cfg.data,
-            cfg.augment,
-            seed=cfg.seed,
-            global_batch_size=cfg.trainer.global_batch_size,
-            micro_batch_size=cfg.trainer.micro_batch_size,
-        )
+        loader = open_loader(cfg)
     except (ValueError, OSError) as error:
         print(f"preview_batch: {error}", file=sys.stderr)
         return 2
@@ -56,6 +54,55 @@ def main(arguments: list[str] | None = None) -> int:
     grid(shown.permute(0, 2, 3, 1).numpy(), captions).save(args.out)
     print(f"{args.out}: {len(captions)} samples of epoch {args.epoch}, step {args.step}, {shown.shape[-1]} px")
     return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        ValueError: what cannot be shown or written, with what to give.
+    """
+    out = Path(args.out)
+    if args.count < 1:
+        raise ValueError(f"--count {args.count}: show at least 1 image")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: give a name that ends in .png, e.g. preview.png")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: the directory {out.parent} does not exist; make it, or give another path")
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ValueError(f"--out: {out} cannot be written; give a path in a directory of yours")
+
+
+def open_loader(cfg: TrainConfig) -> TrainLoader:
+    """The run's loader; for a set smaller than its global batch, one with as large a batch as there is."""
+    given = cfg.trainer.global_batch_size
+    try:
+        return build_loader(cfg, given, cfg.trainer.micro_batch_size)
+    except ValueError:
+        # How many images there are, a loader says; where none can be had, the reason is another one.
+        least = math.lcm(2, cfg.data.repeated_augmentation)  # mixup pairs images
+        probe = build_loader(cfg, least, least)
+        images = probe.num_samples
+        probe.close()
+        micro = min(cfg.trainer.micro_batch_size, images) // least * least
+        if images >= given or micro == 0:
+            raise
+    fitting = images // micro * micro
+    print(
+        f"preview_batch: {images} images are fewer than trainer.global_batch_size={given}; shown with {fitting}",
+        file=sys.stderr,
+    )
+    return build_loader(cfg, fitting, micro)
+
+
+def build_loader(cfg: TrainConfig, global_batch_size: int, micro_batch_size: int) -> TrainLoader:
+    return build_train_loader(
+        cfg.data,
+        cfg.augment,
+        seed=cfg.seed,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+    )
 
 
 def caption(target: torch.Tensor) -> str:
