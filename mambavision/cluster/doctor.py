@@ -24,6 +24,7 @@ from mambavision.config import TrainConfig
 from mambavision.config_checks import ConfigError, batch_plan
 from mambavision.models.variants import VARIANTS
 from mambavision.run_dir import run_directory
+from mambavision.telemetry.wandb_mode import wandb_mode
 
 GIB = 2**30
 
@@ -230,8 +231,8 @@ def train_images(cfg: TrainConfig) -> int:
 
 
 def check_wandb(cfg: TrainConfig) -> Finding:
-    mode = os.environ.get("WANDB_MODE") or cfg.logger.wandb
-    if mode in ("off", "disabled"):
+    mode = wandb_mode(cfg.logger)
+    if mode == "off":
         return Finding("ok", "wandb", "off; metrics.jsonl has everything")
     if mode == "offline":
         return Finding("ok", "wandb", "offline; later: wandb sync RUN_DIRECTORY/wandb/offline-run-*")

@@ -34,7 +34,8 @@ from mambavision.run_dir import RunDirectory, belongs_to, run_directory, setting
 from mambavision.run_history import no_progress_message, starts_without_progress
 from mambavision.telemetry.console import ConsoleSink
 from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
-from mambavision.telemetry.wandb_sink import WandbSink, wandb_mode
+from mambavision.telemetry.wandb_mode import wandb_mode
+from mambavision.telemetry.wandb_sink import WandbSink
 
 # Settings in which nodes may differ: where things lie there, and what the node has.
 _OF_A_NODE = ("output_dir", "data.path", "data.num_workers", "data.os_cache", "trainer.threads", "logger", "debug")

@@ -20,6 +20,7 @@ from typing import Any
 from mambavision.config import LoggerConfig
 from mambavision.engine.checkpoint import best_of, list_checkpoints, read_sidecar
 from mambavision.run_dir import write_atomically
+from mambavision.telemetry.wandb_mode import wandb_mode
 
 _QUEUE_EVENTS = 10_000
 _CLOSE_SECONDS, _CLOSE_HURRIED_SECONDS, _UPLOAD_SECONDS = 30.0, 3.0, 900.0
@@ -28,16 +29,6 @@ _SCORES = ("eval/top1", "eval/ema_top1", "eval/top5", "eval/ema_top5")  # whose 
 _GRACE_SECONDS = 15.0  # after init_timeout_seconds, for W&B's own retries and the step to offline
 _FAILURES_IN_A_ROW = 20  # of log calls, after which W&B is left alone
 _WARNING_SECONDS = 60.0
-
-
-def wandb_mode(cfg: LoggerConfig) -> str:
-    """auto, online, offline or off: what the configuration says, and where that is auto, what W&B's variables say."""
-    if cfg.wandb != "auto":
-        return cfg.wandb
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
-        return "off"
-    wanted = os.environ.get("WANDB_MODE", "").lower()
-    return {"disabled": "off", "dryrun": "offline", "offline": "offline", "online": "online"}.get(wanted, "auto")
 
 
 class WandbSink:

@@ -18,7 +18,8 @@ from mambavision.config import LoggerConfig
 from mambavision.telemetry.console import ConsoleSink
 from mambavision.telemetry.meters import StepMeters
 from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
-from mambavision.telemetry.wandb_sink import WandbSink, wandb_mode
+from mambavision.telemetry.wandb_mode import wandb_mode
+from mambavision.telemetry.wandb_sink import WandbSink
 
 
 def test_a_line_cut_short_by_a_kill_does_not_take_the_next_one_along(tmp_path: Path) -> None:
