@@ -38,8 +38,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": MALLOC_TUNABLES})
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.batch is None:
-        args.batch = 128 if device == "cuda" else 32
+    args.batch = args.batch or (128 if device == "cuda" else 32)
     if args.dtype == "auto":
         from mambavision.engine.precision import hardware_has_bf16
 
@@ -61,12 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--modes", default="infer,train", help="infer, train, or both")
     parser.add_argument("--batch", type=int, help="images a step; default: 32, on CUDA 128")
     parser.add_argument("--image-size", type=int, default=224, help="side of the square, px")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", *DTYPES],
-        default="auto",
-        help="auto: bf16 where the hardware computes in it, else fp32",
-    )
+    told = "auto: bf16 where the hardware computes in it, else fp32"
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=told)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each model, taken in turns; at least 5")
