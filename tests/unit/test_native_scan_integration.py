@@ -33,6 +33,7 @@ class TinyMixer(nn.Module):
         return scan_cpu(u, delta, self.A, B, C, self.D, self.delta_bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_pass_opcheck(dtype):
     inputs = scan_inputs(2, 33, 20, 8, dtype)  # 20 channels: padding that narrow vectors do not reach

@@ -75,6 +75,7 @@ def test_a_refusal_of_sbatch_is_passed_on(sbatch: Path) -> None:
         submit(sbatch / "sweep", points.expand(WORDS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "told"),
     [

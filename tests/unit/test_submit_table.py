@@ -91,6 +91,7 @@ def test_a_second_submission_at_the_same_time_is_refused(sweep: Sweep) -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_a_file_system_without_locks_is_a_warning(
     number: int, sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
