@@ -187,6 +187,7 @@ def test_an_image_with_a_broken_ffcv_is_not_built(tmp_path: Path) -> None:
     assert built.returncode != 0 and "libopencv_core.so" in built.stderr
 
 
+@pytest.mark.slow
 def test_the_sizing_table_is_what_the_model_keeps() -> None:
     size = sizing.SIZES["mambavision_t"]
     assert size.params == VARIANTS["mambavision_t"].params

@@ -67,6 +67,7 @@ def test_a_gradient_of_a_gradient_is_refused_in_words():
         first.sum().backward()
 
 
+@pytest.mark.slow
 def test_a_compiled_and_an_exported_graph_hold_pytorchs_operator():
     class Layer(torch.nn.Module):
         def forward(self, x):

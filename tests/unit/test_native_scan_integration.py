@@ -45,6 +45,7 @@ def test_operators_pass_opcheck(dtype):
     torch.library.opcheck(torch.ops.mambavision.selective_scan.default, leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_without_a_graph_break_to_the_same_values_and_gradients(autocast):
     torch._dynamo.reset()

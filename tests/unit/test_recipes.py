@@ -65,6 +65,7 @@ def test_model_alone_carries_its_recipe():
 OPTIMIZERS = {"lamb": (0.005, None), "lamb_torch_optimizer": (0.005, None), "adamw": (0.001, None), "sgd": (0.5, 2e-5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("choice", ["model=mambavision_t", "model=mambavision_l", "experiment=paper/mambavision_b"])
 def test_another_optimizer_brings_its_own_settings(optimizer: str, choice: str):
@@ -76,6 +77,7 @@ def test_another_optimizer_brings_its_own_settings(optimizer: str, choice: str):
     assert cfg.optimizer.weight_decay == (published_decay if own_decay is None else own_decay)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["paper", "published"])
 def test_another_model_brings_its_own_recipe_into_an_experiment(kind: str):
     for variant, (decay, warmup, _, _, crop_pct) in PUBLISHED.items():

@@ -38,6 +38,7 @@ def test_a_start_sees_nothing_of_an_earlier_one(server: dist.TCPStore, world_siz
     assert not any(store.check(["address"]) for store in stores)
 
 
+@pytest.mark.slow
 def test_a_rank_that_comes_first_waits_for_the_living_rank_0(server: dist.TCPStore) -> None:
     start([0, 1], 2)
     with ThreadPoolExecutor(1) as pool:

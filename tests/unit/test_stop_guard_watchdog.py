@@ -238,6 +238,7 @@ def watchdog(directory: Path, said: list, **settings: object) -> Watchdog:
     return Watchdog(WORLD, directory, cfg, log=log, notice=said.append, data_warning_seconds=0.6)
 
 
+@pytest.mark.slow
 def test_a_stall_is_reported_once_with_stacks_and_the_step_is_known_afterwards(tmp_path: Path) -> None:
     said: list = []
     with watchdog(tmp_path, said) as dog:

@@ -27,6 +27,7 @@ def test_each_point_has_its_own_directory_with_and_without_a_run_name() -> None:
     assert directories[0] == "runs/lr/optimizer.lr=0.001"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swept", ["trainer.precision=fp32,bf16", "trainer=cpu,a100x8", "guard.max_rollbacks=0,1"])
 def test_points_that_differ_in_nothing_that_names_a_run_have_their_own_directories_too(swept: str) -> None:
     found = points.expand([*TINY, swept])
