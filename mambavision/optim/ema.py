@@ -72,7 +72,7 @@ class ModelEma:
 class _Places:
     """Where a module keeps its floating-point tensors, which are averaged, and all others, which are copied.
 
-    Found once: to walk through all modules takes a CPU longer than to launch a GPU's whole update.
+    Found once: to walk through all modules of MambaVision-T in each update would take a CPU a millisecond.
     """
 
     def __init__(self, module: nn.Module) -> None:
