@@ -16,7 +16,7 @@ from torch import nn
 
 import data
 from data.batch_transform import BatchTransform
-from mambavision import create_model, distributed
+from mambavision import create_model, distributed, provenance
 from mambavision.config import TrainConfig
 from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
@@ -99,6 +99,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
             stop=stop,
             watchdog=parts.enter_context(build_watchdog(cfg, world, run_dir, telemetry, stop)),
             directory=run_dir.path,
+            provenance=provenance.record(run_dir.path) if world.is_main else {},
         )
         try:
             resumed_from = resume(trainer, run_dir)
@@ -203,8 +204,11 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
     path, refused = distributed.on_main(world, choose)
     for damaged in refused:
         trainer.telemetry.log("warning", message=f"{damaged.path.name} is passed over: {damaged.reason}")
+    earlier: dict[str, Any] = {}
     if path is not None:
-        trainer.load_state_dict(checkpoint.load(path))
+        state = checkpoint.load(path)
+        trainer.load_state_dict(state)
+        earlier = state.get("provenance", {})  # not in checkpoints of earlier versions
 
     def accept() -> None:
         """The checkpoint fits: only now is anything of the earlier starts changed."""
@@ -213,6 +217,8 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
         if len(counted) >= cfg.max_restarts_without_progress:
             raise ValueError(no_progress_message(counted, step, trainer.train_loader.steps_per_epoch))
         log_changes(run_dir, cfg, world, trainer.progress.step, trainer.telemetry)
+        for change in provenance.differences(earlier, trainer.provenance) if earlier else []:
+            trainer.telemetry.log("notice", message=f"changed since the checkpoint: {change}")
         checkpoint.set_aside(refused)
         run_dir.write_config(cfg)
         if path is not None:
@@ -245,7 +251,7 @@ def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed
         total_steps=trainer.last_step,
         precision=trainer.precision,
         device=str(world.device),
-        torch=torch.__version__,
+        provenance=trainer.provenance,
     )
     start_share = cfg.trainer.ema_decay**trainer.last_step
     if trainer.ema is not None and not cfg.trainer.ema_warmup and start_share > _MOSTLY_START:

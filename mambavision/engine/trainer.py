@@ -55,12 +55,13 @@ class Trainer:
         stop: StopNotice,
         watchdog: Watchdog,
         directory: Path,
+        provenance: dict[str, Any],
     ):
-        """model: on world.device; checkpointer: on rank 0 only; directory: the run's."""
+        """model: on world.device; checkpointer: on rank 0 only; directory: the run's; provenance: of the code."""
         self.cfg, self.world, self.plan, self.precision = cfg, world, plan, precision
         self.train_loader, self.eval_loader, self.transform = train_loader, eval_loader, transform
         self.telemetry, self.checkpointer, self.stop, self.watchdog = telemetry, checkpointer, stop, watchdog
-        self.directory = directory
+        self.directory, self.provenance = directory, provenance
 
         self.raw_model = model
         self.ema = (
@@ -256,7 +257,8 @@ class Trainer:
                 "steps_per_epoch": self.train_loader.steps_per_epoch,
             },
             "eval": self.last_eval,
-            "config": self.config,  # not state: so that the file alone says what it is
+            "config": self.config,  # this and the next are no state: so that the file alone says what it is
+            "provenance": self.provenance,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,79 @@
+"""The card of a start: which code, with which changes. On real clones."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mambavision import provenance
+
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+
+
+def git(root: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+    return subprocess.run(
+        ["git", "-C", str(root), *identity, *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    root = tmp_path / "clone"
+    (root / "mambavision").mkdir(parents=True)
+    (root / "mambavision" / "__init__.py").write_text("one = 1\n")
+    git(tmp_path, "init", "-q", str(root))
+    git(root, "add", ".")
+    git(root, "commit", "-q", "-m", "first")
+    return root
+
+
+def test_a_clean_clone_is_its_revision(clone: Path):
+    assert provenance.code_state(clone) == (git(clone, "rev-parse", "HEAD").strip(), "")
+
+
+def test_the_diff_brings_a_clean_clone_to_the_code_that_ran_new_files_included(clone: Path, tmp_path: Path):
+    (clone / "mambavision" / "__init__.py").write_text("one = 2\n")
+    (clone / "mambavision" / "idea.py").write_text("new = True\n")
+    (clone / "images.bin").write_bytes(b"no code" * 100)
+    status = git(clone, "status", "--porcelain")
+
+    _, diff = provenance.code_state(clone)
+
+    (tmp_path / "changes.diff").write_text(diff)
+    git(tmp_path, "clone", "-q", str(clone), "again")
+    git(tmp_path / "again", "apply", str(tmp_path / "changes.diff"))
+    assert (tmp_path / "again" / "mambavision" / "__init__.py").read_text() == "one = 2\n"
+    assert (tmp_path / "again" / "mambavision" / "idea.py").read_text() == "new = True\n"
+    assert "images.bin" not in diff
+    assert git(clone, "status", "--porcelain") == status, "the user's index stays as it was"
+
+
+def test_code_that_lies_in_somebody_elses_clone_has_no_revision(clone: Path):
+    package = clone / ".venv" / "site-packages"
+    package.mkdir(parents=True)
+    assert provenance.code_state(package) == (None, "")
+
+
+def test_the_uncommitted_changes_are_kept_with_the_run(clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(provenance, "_ROOT", clone)
+    assert provenance.record(tmp_path)["uncommitted"] is None
+    (clone / "mambavision" / "__init__.py").write_text("one = 2\n")
+
+    card = provenance.record(tmp_path)
+
+    assert "+one = 2" in (tmp_path / card["uncommitted"]).read_text()
+    assert provenance.record(tmp_path)["uncommitted"] == card["uncommitted"], "the same changes, the same file"
+
+
+def test_what_changed_between_two_starts_is_told():
+    before = {"code": "a" * 40, "uncommitted": None, "python": "3.11.2", "packages": {"torch": "2.10", "ffcv": "1.0"}}
+    after = {"code": "a" * 40, "uncommitted": "code/0.diff", "python": "3.11.2", "packages": {"torch": "2.11"}}
+
+    assert provenance.differences(before, before | {"command": "other"}) == []
+    assert provenance.differences(before, after) == [
+        f"code {'a' * 10} -> {'a' * 10} with code/0.diff",
+        "ffcv 1.0 -> absent",
+        "torch 2.10 -> 2.11",
+    ]
