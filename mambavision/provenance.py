@@ -76,7 +76,9 @@ def code_state(root: Path) -> tuple[str | None, str]:
         # New files belong to the changes; they are announced in a copy of the index, the clone's own stays as it is.
         copy = Path(shutil.copy(root / index.strip(), scratch))
         with_new_files = os.environ | {"GIT_INDEX_FILE": str(copy)}
-        new_files = (_git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *_CODE) or "").split("\0")[:-1]
+        new_files = (_git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *_CODE) or "").split("\0")[
+            :-1
+        ]
         if new_files:
             _git(root, "add", "--intent-to-add", "--", *new_files, env=with_new_files)
         diff = _git(root, "diff", "HEAD", "--no-color", "--no-ext-diff", "--", *_CODE, env=with_new_files)

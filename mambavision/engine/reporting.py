@@ -4,19 +4,48 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
+from data.order import resolution_at
+from mambavision.distributed import World
+from mambavision.telemetry.flops import peak_flops, training_flops
 from mambavision.telemetry.meters import peak_memory_gib
 
 if TYPE_CHECKING:
     from mambavision.engine.trainer import Trainer
 
 
+class Utilization:
+    """Model FLOPs utilisation (telemetry/flops.py), where the processor's peak is known; the figures go by rank 0."""
+
+    def __init__(self, model: nn.Module, world: World, precision: str, image_size: int):
+        """model: before hooks and compilation; image_size: px of a training image at the end of a progressive ramp."""
+        self.peak = None
+        self.image_size = image_size
+        if world.is_main and world.device.type == "cuda":
+            self.peak = peak_flops(torch.cuda.get_device_name(world.device), precision)
+        if self.peak is not None:
+            self.flops_per_image = training_flops(model, image_size)
+
+    def __call__(self, images_per_second: float, image_size: int) -> dict[str, float]:
+        """images_per_second: of one GPU."""
+        if self.peak is None:
+            return {}
+        flops = self.flops_per_image * (image_size / self.image_size) ** 2
+        return {"speed/mfu": images_per_second * flops / self.peak}
+
+
 def log_training(trainer: Trainer) -> float:
     """Logs what the meters have summed since the last call; returns its mean cross-entropy. Collective."""
     measured, progress = trainer.meters.flush(), trainer.progress
+    epoch = (progress.step - 1) // trainer.train_loader.steps_per_epoch
+    size = resolution_at(epoch, trainer.cfg.data.image_size, trainer.cfg.data.progressive_resolution)
+    measured |= trainer.utilization(measured["speed/img_per_sec"] / trainer.world.world_size, size)
     remaining = (trainer.last_step - progress.step) * measured["speed/step_seconds"]
     trainer.telemetry.log(
         "train",
-        epoch=(progress.step - 1) // trainer.train_loader.steps_per_epoch,
+        epoch=epoch,
         step=progress.step,
         total_steps=trainer.last_step,
         samples_seen=progress.samples_seen,

@@ -67,6 +67,7 @@ class Trainer:
         self.ema = (
             ModelEma(model, cfg.trainer.ema_decay, warmup=cfg.trainer.ema_warmup) if cfg.trainer.ema_decay else None
         )
+        self.utilization = reporting.Utilization(model, world, precision, cfg.data.image_size)
         self.batch_norm = BatchNormAverager(model)
         if cfg.debug == "nan":
             name_first_not_finite(model)

@@ -5,6 +5,8 @@ Correct on any device and in any floating dtype, differentiable any number of ti
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def scan_reference(
         (b, L, d) in u's dtype. The state is float32, or float64 where u is, under autocast too.
     """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    with torch.autocast(u.device.type, enabled=False):
+    with _without_autocast(u.device.type):
         x, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
         if delta_bias is not None:
             delta = delta + delta_bias.to(dtype)
@@ -52,6 +54,11 @@ def scan_reference(
         if D is not None:
             y = y + x * D.to(dtype)
         return y.to(u.dtype)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    known = torch.amp.is_autocast_available(device)  # not on meta, where shapes are worked out and products counted
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 def _scan_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,8 @@ def _automatic(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int]
         return choose_cuda_backend(problem, torch.device("cuda"))
     if device == "cpu" and dtype in _CPU_DTYPES:
         return "cpu" if _cpu_available() else "reference"
-    _warn_slow(f"there is no fast scan for {dtype} tensors on {device}")
+    if device != "meta":
+        _warn_slow(f"there is no fast scan for {dtype} tensors on {device}")
     return "reference"
 
 

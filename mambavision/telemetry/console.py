@@ -84,10 +84,11 @@ class ConsoleSink:
         if self.progress is not None:
             bar = dict(description=f"epoch {f['epoch']}", remaining=f"{remaining} left")
             self.progress.update(self.task, completed=f["step"], **bar)
+        mfu = f"  MFU {100 * f['speed/mfu']:.0f} %" if "speed/mfu" in f else ""
         self._print(
             f"epoch {f['epoch']}  step {f['step']}/{f['total_steps']}  loss {f['train/loss']:.4f}  lr "
             f"{f['optimizer.lr']:.2e}  "
-            f"{f['speed/img_per_sec']:,.0f} img/s  data {100 * f['speed/data_wait_fraction']:.0f} %  "
+            f"{f['speed/img_per_sec']:,.0f} img/s{mfu}  data {100 * f['speed/data_wait_fraction']:.0f} %  "
             f"{f['speed/memory_gib']:.1f} GiB  eta {remaining}"
         )
 

@@ -31,8 +31,8 @@ class StepMeters:
         self.steps = 0
         self.images = 0
         self.data_seconds = 0.0
-        self.own_seconds = 0.0  # of steps, up to the last micro-batch's backward: until there no rank waits for another
-        self.own_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        # Of each step: its begin, its last micro-batch's backward (until there no rank waits for another), its end.
+        self.step_moments: list[tuple[Any, Any, Any]] = []
         self.start = time.perf_counter()
 
     def begin_step(self) -> None:
@@ -61,13 +61,16 @@ class StepMeters:
         self.grad_norm_sum += grad_norm
         self.steps += 1
         self.images += images
-        if self.device.type == "cuda":
-            self.own_events.append((self.step_start, self.own_end))
-        else:
-            self.own_seconds += self.own_end - self.step_start
+        self.step_moments.append((self.step_start, self.own_end, self._now()))
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
 
     def flush(self) -> dict[str, float]:
         """Means over the steps since the last flush and over ranks; images and speed are the whole job's. Collective.
+
+        step_seconds is the interval's time over its steps. The median step and the slowest one, of any rank, tell steps
+        that are slow from an interval with a stop in it: a checkpoint's copy, a log line, a hiccup of the storage.
 
         by_rank then tells for each rank, per step, the seconds of its own work (waiting for data included, waiting for
         other ranks not) and of waiting for data.
@@ -75,12 +78,11 @@ class StepMeters:
         steps = max(self.steps, 1)
         mesa_sum = torch.zeros_like(self.loss_sum) if self.mesa_sum is None else self.mesa_sum
         values = torch.stack([self.loss_sum, self.grad_norm_sum, mesa_sum]).double().cpu()
-        own_seconds = self.own_seconds + sum(start.elapsed_time(end) for start, end in self.own_events) / 1000
-        rows = (
-            gather_rows(torch.cat([values, torch.tensor([self.data_seconds, own_seconds], dtype=torch.float64)]))
-            / steps
-        )
-        loss, grad_norm, mesa, data_seconds, _ = rows.mean(0).tolist()
+        own_seconds = sum(self._seconds(start, own_end) for start, own_end, _ in self.step_moments)
+        each_step = [self._seconds(start, end) for start, _, end in self.step_moments] or [0.0]
+        times = [self.data_seconds / steps, own_seconds / steps, statistics.median(each_step), max(each_step)]
+        rows = gather_rows(torch.cat([values / steps, torch.tensor(times, dtype=torch.float64)]))
+        loss, grad_norm, mesa, data_seconds, _, median_step, _ = rows.mean(0).tolist()
         seconds = (time.perf_counter() - self.start) / steps
         own = rows[:, 4].tolist()
         self.by_rank = {"hosts": self.hosts, "own_seconds": own, "data_seconds": rows[:, 3].tolist()}
@@ -89,6 +91,8 @@ class StepMeters:
             "train/grad_norm": grad_norm,
             "speed/img_per_sec": self.images / (seconds * steps),
             "speed/step_seconds": seconds,
+            "speed/step_seconds_median": median_step,
+            "speed/step_seconds_max": rows[:, 6].max().item(),
             "speed/data_wait_fraction": data_seconds / seconds,
             "speed/slowest_rank": own.index(max(own)),
             "speed/slowest_rank_ratio": max(own) / max(statistics.median_low(own), 1e-9),
