@@ -171,7 +171,7 @@ class TrainConfig:
     run_name: str = ""  # directory under output_dir; empty: <model>-<data>-<hash of the configuration>
     output_dir: str = "runs"
     seed: int = 0
-    debug: str | None = None  # nan: name the first module that produces a non-finite value (slow)
+    debug: str | None = None  # nan: name the first module with a non-finite value (slow) | profile: trace five steps
     max_restarts_without_progress: int = 3  # a run that starts so often at the same step ends as failed
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -226,8 +226,8 @@ def check_combinations(cfg: TrainConfig) -> None:
         )
     if not a.random_crop and a.pad_crop < 0:
         raise ConfigError(f"augment.pad_crop={a.pad_crop} must be 0 or more")
-    if cfg.debug not in (None, "nan"):
-        raise ConfigError(f"debug={cfg.debug} is not known; type debug=nan, or leave it out")
+    if cfg.debug not in (None, "nan", "profile"):
+        raise ConfigError(f"debug={cfg.debug} is not known; type debug=nan or debug=profile, or leave it out")
     if cfg.model.checkpoint is not None:
         import os
 

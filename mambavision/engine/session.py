@@ -26,6 +26,7 @@ from mambavision.engine.allocator import keep_freed_memory
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.failure import first_cause, leave_note
 from mambavision.engine.precision import resolve_precision
+from mambavision.engine.profile import StepProfile
 from mambavision.engine.stop import StopNotice
 from mambavision.engine.trainer import Trainer
 from mambavision.engine.watchdog import Watchdog
@@ -100,6 +101,9 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
             watchdog=parts.enter_context(build_watchdog(cfg, world, run_dir, telemetry, stop)),
             directory=run_dir.path,
             provenance=provenance.record(run_dir.path) if world.is_main else {},
+            profile=parts.enter_context(StepProfile(run_dir.path, world.device, telemetry))
+            if cfg.debug == "profile" and world.is_main
+            else None,
         )
         try:
             resumed_from = resume(trainer, run_dir)

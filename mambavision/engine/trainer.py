@@ -24,6 +24,7 @@ from mambavision.engine.evaluate import evaluate
 from mambavision.engine.guard import Guard, name_first_not_finite
 from mambavision.engine.losses import training_loss
 from mambavision.engine.precision import autocast_context
+from mambavision.engine.profile import StepProfile
 from mambavision.engine.progress import TrainProgress
 from mambavision.engine.stop import Decision, Meetings, StopNotice
 from mambavision.engine.watchdog import Watchdog
@@ -56,12 +57,13 @@ class Trainer:
         watchdog: Watchdog,
         directory: Path,
         provenance: dict[str, Any],
+        profile: StepProfile | None = None,
     ):
         """model: on world.device; checkpointer: on rank 0 only; directory: the run's; provenance: of the code."""
         self.cfg, self.world, self.plan, self.precision = cfg, world, plan, precision
         self.train_loader, self.eval_loader, self.transform = train_loader, eval_loader, transform
         self.telemetry, self.checkpointer, self.stop, self.watchdog = telemetry, checkpointer, stop, watchdog
-        self.directory, self.provenance = directory, provenance
+        self.directory, self.provenance, self.profile = directory, provenance, profile
 
         self.raw_model = model
         self.ema = (
@@ -137,6 +139,8 @@ class Trainer:
             while self.progress.step < end:
                 self.train_step(batches)
                 self.after_first_step()
+                if self.profile is not None:
+                    self.profile.step_done(self.progress.step)
                 step, at_end = self.progress.step, self.progress.step == end
                 if step % self.cfg.trainer.log_every_steps == 0 or at_end:
                     self.log_training()

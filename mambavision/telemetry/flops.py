@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 # Dense bfloat16 (float16 where there is none) products with float32 sums, TFLOP/s, by NVIDIA's data sheets. The first
 # name that occurs in torch.cuda.get_device_name() counts.
@@ -50,6 +49,8 @@ def training_flops(model: nn.Module, image_size: int) -> float:
 
     Shapes alone decide, so it runs on the meta device and touches neither the model's tensors nor its statistics.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # a sixth of a second to import
+
     shapes = {name: torch.empty_like(t, device="meta") for name, t in model.state_dict(keep_vars=True).items()}
     image = torch.empty(1, 3, image_size, image_size, device="meta")
     was_training = model.training
