@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambavision.ops.tracing import is_exported
 from mambavision.ops.training import attention, linear
 
 
@@ -21,16 +22,16 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:  # (b, L, C) -> (b, L, C)
         batch, length, dim = tokens.shape
-        qkv = linear(tokens, self.qkv.weight, self.qkv.bias)
+        qkv = linear(tokens, self.qkv)
         mixed = attention(qkv, self.num_heads)
         if mixed is None:
             qkv = qkv.view(batch, length, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
-            if tokens.device.type == "cpu" and torch.is_grad_enabled():
+            if tokens.device.type == "cpu" and torch.is_grad_enabled() and not is_exported():
                 mixed = attend_by_products(qkv)
             else:
                 mixed = F.scaled_dot_product_attention(*qkv.unbind(0))  # each (b, heads, L, head width)
             mixed = mixed.transpose(1, 2).reshape(batch, length, dim)
-        return linear(mixed, self.proj.weight, self.proj.bias)
+        return linear(mixed, self.proj)
 
 
 def attend_by_products(qkv: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Source: arXiv 2407.08083, figure 2. Parameter names are those of the published c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from mambavision.models.blocks import (
 )
 from mambavision.models.mixer import MambaVisionMixer
 from mambavision.models.options import ModelOptions
+from mambavision.ops.tracing import is_transformed
 
 
 class MambaVision(nn.Module):
@@ -144,7 +145,7 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not is_transformed():  # vmap knows no channels-last
             # PyTorch's convolutions are several times faster on channels-last maps there, and hand the layout on.
             x = x.contiguous(memory_format=torch.channels_last)
         first, first_norm, _, second, second_norm, _ = self.conv_down
@@ -189,10 +190,27 @@ class Stage(nn.Module):
     def _run_blocks(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block if torch.compiler.is_compiling() else _moving_once(block), x, use_reentrant=False)
             else:
                 x = block(x)
         return x
+
+
+def _moving_once(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The block for `checkpoint`: when it is computed again, its running statistics stay as the first time left them."""
+    buffers, computed = list(block.buffers()), False
+
+    def compute(x: Tensor) -> Tensor:
+        nonlocal computed
+        kept = [buffer.clone() for buffer in buffers] if computed else []
+        computed = True
+        try:
+            return block(x)
+        finally:  # checkpoint ends it by an exception as soon as it has what it wants
+            for buffer, value in zip(buffers, kept):
+                buffer.data.copy_(value)
+
+    return compute
 
 
 class Downsample(nn.Module):

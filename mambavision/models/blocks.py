@@ -50,13 +50,13 @@ def conv_batch_norm(
     mean. Its gradient is then exactly zero, where summing the activations' gradients would leave rounding noise, which an
     Adam-like optimizer blows up to full steps that differ with the order of summation.
     """
-    if not isinstance(norm, nn.BatchNorm2d) or not norm.training:
+    if not _moves_statistics(norm) or not training.is_plain(conv, nn.Conv2d):
         return _activate(norm(conv(x)), activation, residual, drop_path)
     bias = norm.bias
     if conv.bias is not None:
-        with torch.no_grad():
-            # batch_norm keeps 1 - momentum of this and adds momentum * mean: what it would have been with the bias.
-            norm.running_mean.add_(conv.bias, alpha=norm.momentum / (1.0 - norm.momentum))
+        # batch_norm keeps 1 - momentum of this and adds momentum * mean: what it would have been with the bias. Through
+        # .data, as batch_norm itself does not count as a change either: the backward of another forward may be to come.
+        norm.running_mean.data.add_(conv.bias.data, alpha=norm.momentum / (1.0 - norm.momentum))
         bias = bias + 0.0 * conv.bias  # so that the bias has a gradient, which DDP waits for
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
     return batch_norm(y, norm, bias, activation=activation, residual=residual, drop_path=drop_path)
@@ -72,7 +72,7 @@ def batch_norm(
     drop_path: float = 0.0,
 ) -> Tensor:
     """activation(norm(x)), or residual + dp(norm(x)); `bias`, in training, in place of norm.bias."""
-    if not isinstance(norm, nn.BatchNorm2d) or not norm.training:
+    if not _moves_statistics(norm):
         return _activate(norm(x), activation, residual, drop_path)
     bias = norm.bias if bias is None else bias
     if norm.num_batches_tracked is not None:
@@ -85,6 +85,18 @@ def batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, bias, training=True, momentum=norm.momentum, eps=norm.eps
     )
     return _activate(y, activation, residual, drop_path)
+
+
+def _moves_statistics(norm: nn.Module) -> bool:
+    """Whether it normalises by this batch and moves its statistics by a fixed share, with nothing hooked onto it."""
+    return (
+        training.is_plain(norm, nn.BatchNorm2d)
+        and norm.training
+        and norm.running_mean is not None
+        and norm.weight is not None
+        and norm.momentum is not None
+        and norm.momentum < 1.0
+    )
 
 
 def _activate(y: Tensor, activation: str, residual: Tensor | None, drop_path: float) -> Tensor:
@@ -136,7 +148,7 @@ def add_layer_norm(
     """s = x + dp(gamma * branch), or x where there is no branch, and norm(s); all (b, L, C)."""
     if gamma is not None and branch is not None:
         x, branch = add_branch(x, branch, gamma, drop_path), None
-    if training.fuses_layer_norm(x, branch):
+    if training.fuses_layer_norm(x, branch, norm):
         scale = None if branch is None or drop_path == 0.0 else keep_scale(branch, drop_path).float().flatten()
         return training.add_layer_norm(x, branch, norm, scale)
     if branch is not None:

@@ -12,9 +12,11 @@ from mambavision.models import packed_conv, packed_tokens
 from mambavision.models.backbone import Downsample, MambaVision, PatchEmbed
 from mambavision.models.blocks import ConvBlock, TokenBlock
 from mambavision.models.mixer import MambaVisionMixer
+from mambavision.ops.training import is_plain
 
 # Parameters the scan reads in float32 whatever the precision of the rest.
 _KEPT_FLOAT32 = ("A_log", "D", "dt_proj.bias")
+_LAYERS = ("qkv", "proj", "fc1", "fc2", "conv1", "conv2", "conv1d_x", "conv1d_z")  # what adapters take the place of
 
 
 @torch.no_grad()
@@ -27,7 +29,11 @@ def fuse_for_inference(model: MambaVision, dtype: torch.dtype | None = None) -> 
     In bfloat16 on a CPU with matrix units (AMX) whole blocks run as one native operator each.
 
     The copy is for inference: it has no running statistics and no scales, so its state dict loads nowhere else.
+
+    Raises:
+        ValueError: a layer is not what the model was built with (an adapter, a parametrisation, a pruned weight).
     """
+    _check_plain(model)
     fused = copy.deepcopy(model).eval()
     stem = fused.patch_embed.conv_down
     for conv, norm in ((0, 1), (3, 4)):
@@ -52,6 +58,17 @@ def fuse_for_inference(model: MambaVision, dtype: torch.dtype | None = None) -> 
             if not name.endswith(_KEPT_FLOAT32) and id(parameter) not in kept:
                 parameter.data = parameter.data.to(dtype)
     return fused.requires_grad_(False)
+
+
+def _check_plain(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kind = next((k for k in (nn.Linear, nn.Conv2d, nn.Conv1d) if isinstance(module, k)), None)
+        changed = kind is not None and not is_plain(module, kind)
+        if changed or (name.endswith(_LAYERS) and kind is None):
+            raise ValueError(
+                f"{name} is a {type(module).__name__} or has hooks, whose effect cannot be folded; merge it into the weights "
+                "first (peft: merge_and_unload(); torch: prune.remove, parametrize.remove_parametrizations)"
+            )
 
 
 _PACKED = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mambavision.models.options import MIXERS
 from mambavision.ops import selective_scan_tokens
 from mambavision.ops.depthwise_conv import conv_silu_split, conv_silu_tokens
-from mambavision.ops.training import linear
+from mambavision.ops.training import is_plain, linear, product
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the initial step sizes where init is "mamba"
 
@@ -44,24 +44,28 @@ class MambaVisionMixer(nn.Module):
             self.conv1d_z = nn.Conv1d(half, half, conv_size, padding="same", groups=half, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (b, L, C) -> (b, L, C)
-        projected = linear(tokens, self.in_proj.weight)
-        if self.convolves_z:
+        projected = linear(tokens, self.in_proj)
+        if self.convolves_z and is_plain(self.conv1d_x, nn.Conv1d) and is_plain(self.conv1d_z, nn.Conv1d):
             x, z = conv_silu_split(projected, self.conv1d_x.weight, self.conv1d_z.weight)
+        elif self.convolves_z:
+            x, z = projected.transpose(1, 2).split(self.half, dim=1)
+            x, z = (F.silu(y).transpose(1, 2).contiguous() for y in (self.conv1d_x(x), self.conv1d_z(z)))
         else:
             x, z = projected.split(self.half, dim=-1)
             x = conv_silu_tokens(x, self.conv1d_x.weight, causal=self.kind == "causal_no_z_conv")
             z = F.silu(z)
         y = x if self.kind == "no_ssm" else self._scan(x)
-        return linear(torch.cat((y, z), dim=-1) if self.concatenates else y * z, self.out_proj.weight)
+        return linear(torch.cat((y, z), dim=-1) if self.concatenates else y * z, self.out_proj)
 
     def _scan(self, x: Tensor) -> Tensor:
-        dt, B, C = linear(x, self.x_proj.weight).split((self.dt_rank, self.state_size, self.state_size), dim=-1)
+        dt, B, C = linear(x, self.x_proj).split((self.dt_rank, self.state_size, self.state_size), dim=-1)
         # The published network adds the bias in dt_proj and once more inside the scan: softplus(W dt + 2 b).
-        delta = linear(dt, self.dt_proj.weight)
+        if is_plain(self.dt_proj, nn.Linear):
+            delta, bias = product(dt, self.dt_proj.weight), 2.0 * self.dt_proj.bias.float()
+        else:
+            delta, bias = self.dt_proj(dt) + self.dt_proj(torch.zeros_like(dt[:1, :1])), None
         A = -torch.exp(self.A_log.float())
-        return selective_scan_tokens(
-            x, delta, A, B, C, self.D.float(), 2.0 * self.dt_proj.bias.float(), backend=self.scan_backend
-        )
+        return selective_scan_tokens(x, delta, A, B, C, self.D.float(), bias, backend=self.scan_backend)
 
     def init_step_size(self) -> None:
         """Mamba's initialisation of the step: log-uniform in [DT_MIN, DT_MAX] where W dt is 0.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.ops.native_build import load_native
-from mambavision.ops.tracing import constant_when_traced
+from mambavision.ops.tracing import constant_when_traced, needs_plain_operators
 
 TAPS = 3
 
@@ -64,9 +64,10 @@ def _conv(x: Tensor, weights: list[Tensor], causal: bool, silu: bool) -> list[Te
             f"the token convolution wants x (batch, tokens, channels) and weights (channels, 1, {TAPS}), got x "
             f"{tuple(x.shape)} and weights {', '.join(str(tuple(w.shape)) for w in weights)}"
         )
-    if x.device.type == "cpu" and x.dtype != torch.float64 and _native_available():
+    has_kernels = x.dtype != torch.float64 and not needs_plain_operators()
+    if has_kernels and x.device.type == "cpu" and _native_available():
         return torch.ops.mambavision.token_conv(x, weights, causal, silu)
-    if x.device.type == "cuda" and x.dtype != torch.float64 and silu and not causal and _triton_available():
+    if has_kernels and x.device.type == "cuda" and silu and not causal and _triton_available():
         from mambavision.ops.triton_conv import conv_silu_tokens_triton
 
         # All branches in one launch, over one weight; the results are views.

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.ops.native_build import load_native
+from mambavision.ops.tracing import wants_plain_operators
 
 
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """x Phi(x), or its tanh form. approximate: "none" | "tanh", as torch.nn.functional.gelu. Any shape and layout."""
-    # A compiler fuses PyTorch's own operator with its neighbours, and an exported graph should hold standard operators.
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not wants_plain_operators():
         native = _native()
         if native is not None:
             return native.gelu(x, approximate == "tanh")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mambavision.ops.reference import scan_reference
-from mambavision.ops.tracing import constant_when_traced
+from mambavision.ops.tracing import constant_when_traced, is_exported_to_onnx, is_transformed
 
 BACKENDS = ("auto", "cpu", "triton", "mamba_ssm", "reference")
 ENVIRONMENT_OVERRIDE = "MAMBAVISION_SCAN_BACKEND"
@@ -87,7 +87,7 @@ def selective_scan_tokens(
     """
     _check_shapes(u, delta, A, B, C, D, delta_bias)
     shape = None
-    if u.device.type == "cuda" and _must_measure():
+    if u.device.type == "cuda" and _must_measure() and not is_exported_to_onnx():
         # int() gives up dynamic shapes under torch.compile, which is why it happens only where the choice needs them.
         shape = (int(u.shape[0]), int(u.shape[1]), int(u.shape[2]), int(A.shape[1]))
     scan = _load(choose_backend(u.device.type, u.dtype, backend, shape))
@@ -113,6 +113,16 @@ def choose_backend(
             f"(scan_backend=..., or the environment variable {ENVIRONMENT_OVERRIDE})"
         )
     if asked == "reference" or dtype == torch.float64:
+        return "reference"
+    if is_exported_to_onnx():
+        if asked != "auto":
+            raise ValueError(
+                f"scan backend {asked!r} is an operator that ONNX does not know; export a model with scan_backend=auto or "
+                "reference, which are unrolled there"
+            )
+        return "reference"
+    if asked == "auto" and is_transformed():
+        _warn_slow("torch.func (vmap, grad, jvp, ...) has no rule for the native one")
         return "reference"
     if asked == "auto":
         return _automatic(device, dtype, shape)

@@ -17,12 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.ops.native_build import load_native
+from mambavision.ops.tracing import wants_plain_operators
 
 _LONGEST_WINDOW = 320  # tokens
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu_tanh": 2}
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether its parameters say all of what calling it does.
+
+    They do not where it was replaced or wrapped (LoRA, quantisation, parametrisations) or something hooks onto the call
+    (pruning, sharding, counters of operations, captured activations): then it must be called.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not hooks
+
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(x). x (..., in)."""
+    if not is_plain(layer, nn.Linear):
+        return layer(x)
+    return product(x, layer.weight, layer.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. x (..., in), weight (out, in), bias (out)."""
     native = _products_for(x)
     if native is None or weight.shape[0] % 2 or weight.shape[1] % 2 or weight.dtype == torch.float64:
@@ -36,7 +54,9 @@ def mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor | None:
     Keeps the hidden activations and the derivative of the GELU, not its argument.
     """
     native = _products_for(x)
-    if native is None or first.bias is None or second.bias is None or first.in_features % 2 or first.out_features % 2:
+    if native is None or not is_plain(first, nn.Linear) or not is_plain(second, nn.Linear):
+        return None
+    if first.bias is None or second.bias is None or first.in_features % 2 or first.out_features % 2:
         return None
     return native.mlp_training(x.to(torch.bfloat16), first.weight, first.bias, second.weight, second.bias)
 
@@ -54,14 +74,11 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor | None:
 
 
 def fuses_batch_norm(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None) -> bool:
-    """Whether `batch_norm` takes these."""
+    """Whether `batch_norm` takes these; norm has weights and moving statistics."""
     return (
         _norms_for(x) is not None
         and x.dtype == torch.bfloat16
         and (residual is None or residual.dtype == torch.bfloat16)
-        and norm.weight is not None
-        and norm.momentum is not None
-        and norm.running_mean is not None
         and norm.running_mean.dtype == torch.float32
     )
 
@@ -100,10 +117,13 @@ def batch_norm(
     )
 
 
-def fuses_layer_norm(x: Tensor, branch: Tensor | None) -> bool:
+def fuses_layer_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> bool:
     """Whether `add_layer_norm` takes these."""
     return (
-        _norms_for(x) is not None and x.dtype == torch.bfloat16 and (branch is None or branch.dtype == torch.bfloat16)
+        _norms_for(x) is not None
+        and x.dtype == torch.bfloat16
+        and (branch is None or branch.dtype == torch.bfloat16)
+        and is_plain(norm, nn.LayerNorm)
     )
 
 
@@ -125,7 +145,7 @@ def _norms_for(x: Tensor) -> object | None:
 
 
 def _wants_native(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.is_grad_enabled() or x.numel() == 0:
+    if wants_plain_operators() or x.device.type != "cpu" or not torch.is_grad_enabled() or x.numel() == 0:
         return False
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype != torch.float64

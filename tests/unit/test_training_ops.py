@@ -58,7 +58,7 @@ def rounded_linear(inner: int, outer: int) -> nn.Linear:
 def test_linear_equals_float64(batch: int, tokens: int, inner: int, outer: int, bias: bool) -> None:
     x, layer = bfloat16(batch, tokens, inner), rounded_linear(inner, outer)
     gradient = torch.randn(batch, tokens, outer).bfloat16()
-    y = training.linear(x, layer.weight, layer.bias if bias else None)
+    y = training.product(x, layer.weight, layer.bias if bias else None)
     y.backward(gradient)
     x64, w64, b64 = doubles(x, layer.weight, layer.bias)
     y64 = F.linear(x64, w64, b64 if bias else None)
@@ -73,8 +73,8 @@ def test_linear_equals_float64(batch: int, tokens: int, inner: int, outer: int, 
 @needs_matrix_units
 def test_linear_reads_slices_in_place() -> None:
     whole, layer = bfloat16(2, 9, 64), rounded_linear(20, 16)
-    part = training.linear(whole[..., 4:24], layer.weight)
-    assert torch.equal(part, training.linear(whole[..., 4:24].contiguous(), layer.weight))
+    part = training.product(whole[..., 4:24], layer.weight)
+    assert torch.equal(part, training.product(whole[..., 4:24].contiguous(), layer.weight))
 
 
 @needs_matrix_units
@@ -198,7 +198,7 @@ def norms_step() -> list[Tensor]:
 def products_step() -> list[Tensor]:
     x, first, second, projection = bfloat16(32, 98, 64), nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 192)
     layers, (x, image, y), loss = through_norms(x, training.mlp(x, first, second))
-    y = training.attention(training.linear(y, projection.weight, projection.bias), 2)
+    y = training.attention(training.product(y, projection.weight, projection.bias), 2)
     (loss + y.float().square().mean()).backward()
     layers += [first, second, projection]
     return [x.grad, image.grad, *(p.grad for layer in layers for p in layer.parameters())]
@@ -243,7 +243,7 @@ def test_float32_inference_and_other_autocasts_are_left_to_pytorch() -> None:
 def test_double_backward_is_refused() -> None:
     x, layer = bfloat16(1, 4, 8), nn.Linear(8, 8)
     (gradient,) = torch.autograd.grad(
-        training.linear(x, layer.weight, layer.bias).float().square().sum(), x, create_graph=True
+        training.product(x, layer.weight, layer.bias).float().square().sum(), x, create_graph=True
     )
     with pytest.raises(RuntimeError, match="not implemented"):
         gradient.float().sum().backward()
