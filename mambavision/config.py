@@ -14,7 +14,8 @@ from typing import Any
 class ModelConfig:
     name: str = "mambavision_t"  # a name of mambavision.list_models()
     num_classes: int | None = None  # None: as many as the data set has
-    checkpoint: str | None = None  # weights to start from (ours or the published ones); not a resume
+    checkpoint: str | None = None  # weights to start from: a file (ours, published) or a run's directory; not a resume
+    checkpoint_weights: str = "model"  # which of our checkpoint's: model (raw) | ema (the moving average, as scored)
     replace_head: bool = False  # with checkpoint: a fresh classifier when the class counts differ
     drop_path: float | None = None  # stochastic depth of the last block; None: the variant's own
     architecture: dict[str, Any] = field(default_factory=dict)  # create_model keywords: depths, window_size, mixer, ...

@@ -51,6 +51,7 @@ ALLOWED = (
     "guard",
     "model.scan_backend",
     "model.checkpoint",
+    "model.checkpoint_weights",
     "trainer.max_steps",
     "trainer.device",
     "trainer.precision",
@@ -60,6 +61,8 @@ ALLOWED = (
     "trainer.threads",
     "trainer.eval_every_epochs",
 )
+# Settings that came after runs had been named, at the value that was meant before: those runs keep their names.
+_ADDED_LATER = {"model.checkpoint_weights": "model"}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -79,12 +82,12 @@ def belongs_to(key: str, groups: tuple[str, ...]) -> bool:
 
 def makes_another_run(key: str) -> bool:
     """Whether a setting is part of a derived run name: those refused on resume, and where the weights began."""
-    return key == "model.checkpoint" or not belongs_to(key, (*HARMLESS, *ALLOWED))
+    return key.startswith("model.checkpoint") or not belongs_to(key, (*HARMLESS, *ALLOWED))
 
 
 def settings_hash(cfg: TrainConfig, counts: Callable[[str], bool]) -> str:
     """Eight hex digits over the settings that count."""
-    counted = {k: v for k, v in flatten(asdict(cfg)).items() if counts(k)}
+    counted = {k: v for k, v in flatten(asdict(cfg)).items() if counts(k) and _ADDED_LATER.get(k, ...) != v}
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
 
 

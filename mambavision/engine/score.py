@@ -14,10 +14,9 @@ from data.batch_transform import BatchTransform
 from mambavision import VARIANTS, create_model, distributed
 from mambavision.compose import quoted
 from mambavision.config import AugmentConfig, EvalConfig
-from mambavision.engine import checkpoint as checkpoints
 from mambavision.engine.evaluate import evaluate
 from mambavision.engine.precision import autocast_context, resolve_precision
-from mambavision.models.pretrained import find_weights, load_weights, read_checkpoint
+from mambavision.models.pretrained import find_file, find_weights, load_weights, read_checkpoint
 from mambavision.run_dir import write_atomically
 
 # How a variant's published weights are scored.
@@ -93,21 +92,6 @@ def variant_of(content: Any, path: str) -> str:
         raise ValueError(f"{path} fits no known variant (depths {depths}, dim {dim}); say which with model=NAME")
     named = [name for name in fitting if str(VARIANTS[name].image_size) in Path(path).name]
     return (named or fitting)[0]
-
-
-def find_file(path: str) -> Path:
-    """A checkpoint file: the one given, or the best (else the newest) of a run directory."""
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        return directory
-    if (directory / "checkpoints").is_dir():
-        directory = directory / "checkpoints"
-    files = checkpoints.list_checkpoints(directory)
-    if not files:
-        raise ValueError(f"checkpoint={path} is a directory without checkpoints; give a run directory or a file")
-    scores = {f: (checkpoints.read_sidecar(f) or {}).get("score") for f in files}
-    scored = [f for f in files if scores[f] is not None]
-    return max(scored, key=lambda f: (scores[f], f.name)) if scored else files[-1]
 
 
 def score(cfg: EvalConfig) -> dict[str, Any]:

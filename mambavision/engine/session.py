@@ -164,6 +164,7 @@ def build_model(cfg: TrainConfig, num_classes: int, world: World) -> nn.Module:
         m.name,
         num_classes=num_classes,
         checkpoint=m.checkpoint,
+        weights=m.checkpoint_weights,
         replace_head=m.replace_head,
         init=m.init,
         window_padding=m.window_padding,

@@ -25,7 +25,7 @@ def create_model(
 
     Args:
         name: one of list_models().
-        checkpoint: file of weights, published or ours; loaded strictly.
+        checkpoint: file of weights, published or ours, or a run directory for its best; loaded strictly.
         num_classes: width of the head; 0: none.
         replace_head: with a checkpoint of another number of classes: start a fresh head instead of refusing.
         weights: "model", or "ema" for the moving average kept in our checkpoints.

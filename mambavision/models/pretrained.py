@@ -24,14 +24,32 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, weights: str = "model
     """Fill a model from a checkpoint file, every parameter and buffer of it.
 
     Args:
-        path: .pt, .pth, .pth.tar or .safetensors.
+        path: .pt, .pth, .pth.tar or .safetensors, or the directory of a run of ours (`find_file`).
         weights: "model", or "ema" for the moving average that our checkpoints keep beside the weights.
         replace_head: where the class counts differ, keep the model's fresh head instead of refusing.
 
     Raises:
         ValueError: unreadable or refused file, or weights that do not fit, listed with what to do.
     """
+    path = find_file(path)
     load_weights(model, find_weights(read_checkpoint(path), path, weights=weights), path, replace_head=replace_head)
+
+
+def find_file(path: str | Path) -> Path:
+    """The file itself; of a directory of a run (or its checkpoints/) the checkpoint that scored best, else the newest.
+
+    Raises:
+        ValueError: a directory without checkpoints.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        return directory
+    from mambavision.engine.checkpoint import best_of, list_checkpoints
+
+    files = list_checkpoints(directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory)
+    if not files:
+        raise ValueError(f"checkpoint={path} is a directory without checkpoints; give a run directory or a file")
+    return best_of(files) or files[-1]
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -147,7 +165,7 @@ def _head_advice(path: str | Path, classes: int, wanted: int) -> str:
     has = f"has {classes} classes" if classes else "has no head"
     return (
         f"checkpoint {str(path)!r} {has}, the model {wanted}; pass num_classes={classes}, "
-        "or replace_head=True to start a fresh head"
+        "or replace_head=True (in training: model.replace_head=true) to start a fresh head"
     )
 
 

@@ -1,6 +1,7 @@
 """Weights from files: what loads, what is refused, and what the refusal says."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,12 @@ import timm
 import torch
 
 from mambavision import create_model
+from mambavision.compose import compose_train_config
+from mambavision.distributed import World
+from mambavision.engine.checkpoint import checkpoint_path, sidecar
+from mambavision.engine.session import build_model
 from mambavision.models.pretrained import load_weights
+from mambavision.run_dir import run_name
 
 SHAPE = {"dim": 8, "in_dim": 8, "depths": (1, 1, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": (4, 2)}
 
@@ -58,6 +64,39 @@ def test_our_own_checkpoint_gives_raw_weights_or_the_moving_average(tmp_path, so
     assert_same_weights(build(checkpoint=path, weights="ema"), average)
     with pytest.raises(ValueError, match="no moving average under 'ema'; use weights='model'"):
         build(checkpoint=save(tmp_path, {"model": source.state_dict()}), weights="ema")
+
+
+def test_a_run_directory_stands_for_its_best_checkpoint(tmp_path, source):
+    directory = tmp_path / "run" / "checkpoints"
+    directory.mkdir(parents=True)
+    for step, score in ((1, 50.0), (2, 70.0), (3, 60.0)):
+        weights = {name: value + step for name, value in source.state_dict().items()}
+        average = {name: value - step for name, value in source.state_dict().items()}
+        torch.save({"model": weights, "ema": average}, checkpoint_path(directory, step))
+        sidecar(checkpoint_path(directory, step)).write_text(json.dumps({"score": score, "samples_seen": step}))
+    for path in (tmp_path / "run", directory):
+        raw, ema = build(checkpoint=path), build(checkpoint=path, weights="ema")
+        assert torch.equal(raw.norm.weight, source.norm.weight + 2) and torch.equal(
+            ema.norm.weight, source.norm.weight - 2
+        )
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is a directory without checkpoints; give a run directory or a file"):
+        build(checkpoint=tmp_path / "empty")
+
+
+def test_training_starts_from_the_weights_that_were_named_and_is_then_another_run(tmp_path, source):
+    average = {name: value + 1 for name, value in source.state_dict().items()}
+    path = save(tmp_path, {"model": source.state_dict(), "ema": average})
+    shape = [f"model.architecture.{key}={list(v) if isinstance(v, tuple) else v}" for key, v in SHAPE.items()]
+    given = ["data=synthetic", "model=mambavision_t", "trainer=cpu", "data.num_classes=5", *shape]
+    given += [f"model.checkpoint={path}", "model.checkpoint_weights=model"]
+    raw, ema = compose_train_config(given), compose_train_config([*given[:-1], "model.checkpoint_weights=ema"])
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    assert_same_weights(build_model(raw, 5, world), source.state_dict())
+    assert_same_weights(build_model(ema, 5, world), average)
+    assert run_name(raw) != run_name(ema)
+    with pytest.raises(ValueError, match=r"has 5 classes, the model 7; .*model.replace_head=true"):
+        build_model(raw, 7, world)
 
 
 def test_safetensors_load(tmp_path, source):
