@@ -27,6 +27,9 @@ def global_grad_norm(params: Iterable[Tensor]) -> Tensor:
     native = native_kernels(grads)
     if native is not None:
         return native.global_norm(grads)
+    if any(grad.dtype in (torch.float16, torch.bfloat16) for grad in grads):
+        # A norm in their type would overflow or be rounded, and the fused kernels want what follows from it in float32.
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 

@@ -69,6 +69,11 @@ class Lamb(Optimizer):
                 f"parameter group {group.get('name', len(self.param_groups) - 1)!r} mixes devices or dtypes; "
                 "give each its own group"
             )
+        if any(hasattr(p, "to_local") for p in group["params"]):
+            raise ValueError(
+                f"parameter group {group.get('name', len(self.param_groups) - 1)!r} holds shards of tensors (FSDP); LAMB's "
+                "trust ratios want whole ones: use DDP, or AdamW"
+            )
         group.setdefault("step", torch.zeros((), dtype=torch.float32, device=group["params"][0].device))
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import timm.optim
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mambavision.ops.native_build import load_native
-from mambavision.optim import Lamb, build_param_groups, global_grad_norm
+from mambavision.optim import SGD, AdamW, Lamb, build_param_groups, global_grad_norm
 from mambavision.optim.lamb import lamb_multi_tensor, lamb_native
 
 SHAPES = [(3,), (1,), (5, 7), (17,), (33, 129), (4, 3, 3, 3), (300, 200)]  # the last spans several native chunks
@@ -219,3 +220,32 @@ def test_gradient_norm_equals_torchs_and_wants_a_gradient():
     set_gradients(model, seed=0)
     flat = torch.cat([p.grad.double().flatten() for p in model.parameters()])
     assert global_grad_norm(model.parameters()).item() == pytest.approx(flat.norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+@pytest.mark.parametrize("optimizer", [Lamb, partial(AdamW, fused=True), partial(SGD, fused=True)])
+def test_weights_in_half_precision_are_clipped_by_a_norm_in_full_precision(optimizer, dtype, tolerance):
+    half, full = Weights(dtype), Weights(torch.float64)
+    full.load_state_dict(half.state_dict())
+    before = copy.deepcopy(full)
+    steps = [optimizer(build_param_groups(weights, 0.0), lr=0.05) for weights in (half, full)]
+    for ours, exact in zip(half.parameters(), full.parameters(), strict=True):
+        ours.grad = (300.0 + 100.0 * torch.randn(ours.shape)).to(dtype)  # their norm is beyond what float16 holds
+        exact.grad = ours.grad.double()
+    wanted = global_grad_norm(full.parameters())
+    found = global_grad_norm(half.parameters())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=0)
+    for step in steps:
+        step.step(clip=5.0)
+    for ours, exact, start in zip(half.parameters(), full.parameters(), before.parameters(), strict=True):
+        assert ours.dtype == dtype and not torch.equal(exact, start)
+        torch.testing.assert_close(ours.double(), exact.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_shards_are_refused_in_words():
+    class Shard(Tensor):
+        def to_local(self) -> Tensor: ...
+
+    with pytest.raises(ValueError, match=r"group 'decay' holds shards of tensors \(FSDP\).* use DDP, or AdamW"):
+        Lamb([{"name": "decay", "params": [torch.randn(3).as_subclass(Shard)]}])
