@@ -60,11 +60,15 @@ def test_a_nan_stays_one_and_infinity_passes(approximate):
     assert y[::2].isnan().all() and y[1::2].isinf().all()
 
 
-def test_a_gradient_of_a_gradient_is_refused_in_words():
-    x = torch.randn(4, requires_grad=True)
-    (first,) = torch.autograd.grad(gelu(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="gelu_backward"):
-        first.sum().backward()
+@pytest.mark.parametrize("approximate", FORMS)
+def test_a_gradient_of_a_gradient_equals_float64(approximate):
+    x = torch.randn(40, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    for point, function in ((x, gelu), (exact, F.gelu)):
+        y = function(point, approximate=approximate)
+        (first,) = torch.autograd.grad(y.square().sum(), point, create_graph=True)
+        first.square().sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from mambavision.models import fuse_for_inference
+from mambavision.ops.native_build import load_native
 from mambavision.ops.selective_scan import choose_backend
 from tests.unit.model_samples import micro, relative
 
@@ -88,6 +89,23 @@ def test_a_forward_derivative_through_torch_func_equals_float64(images):
     _, found = torch.func.jvp(model, (images,), (direction,))
     _, expected = torch.func.jvp(exact, (images.double(),), (direction.double(),))
     assert relative(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_gradient_of_the_gradient_equals_float64_with_the_reference_scan_and_is_refused_by_the_native(images, training):
+    model, exact = (sample(scan_backend="reference").train(training) for _ in range(2))
+    exact.double()
+    for network, x in ((model, images.requires_grad_()), (exact, images.detach().double().requires_grad_())):
+        (slope,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+    found, expected = gradients(model), gradients(exact)
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() < 1e-4 * largest, name
+    (slope,) = torch.autograd.grad(sample()(images).square().sum(), images, create_graph=True)
+    if load_native() is not None:
+        with pytest.raises(RuntimeError, match="no second derivative .*use scan_backend=reference"):
+            slope.square().sum().backward()
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])

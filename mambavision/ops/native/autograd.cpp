@@ -3,6 +3,10 @@
 //
 // One file for all: custom_function.h alone takes several seconds to compile.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/silu.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -67,6 +71,21 @@ struct ScanBackwardFunction : Function<ScanBackwardFunction> {
   }
 };
 
+// The same in PyTorch's operators, whose gradients have gradients.
+variable_list plain_token_conv(const Tensor& x, TensorList weights, bool causal, bool silu) {
+  const Tensor padded = at::constant_pad_nd(x, {0, 0, causal ? 2 : 1, causal ? 0 : 1});
+  variable_list outputs;
+  int64_t channel = 0;
+  for (const Tensor& weight : weights) {
+    const Tensor part = padded.narrow(2, channel, weight.size(0)), taps = weight.select(1, 0);
+    Tensor y = part.narrow(1, 0, x.size(1)).mul(taps.select(1, 0));
+    for (int64_t tap = 1; tap < taps.size(1); tap++) y = y.add(part.narrow(1, tap, x.size(1)).mul(taps.select(1, tap)));
+    outputs.push_back((silu ? at::silu(y) : y).to(x.scalar_type()));
+    channel += weight.size(0);
+  }
+  return outputs;
+}
+
 struct TokenConvFunction : Function<TokenConvFunction> {
   static variable_list forward(AutogradContext* context, const Tensor& x, TensorList weights, bool causal, bool silu) {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -81,6 +100,16 @@ struct TokenConvFunction : Function<TokenConvFunction> {
     const variable_list saved = context->get_saved_variables();
     const TensorList weights(saved.data() + 1, saved.size() - 1);
     const bool causal = context->saved_data["causal"].toBool(), silu = context->saved_data["silu"].toBool();
+    if (at::GradMode::is_enabled()) {  // create_graph=True
+      variable_list wanted, gradients(saved.size() + 2);
+      for (const Tensor& input : saved)
+        if (input.requires_grad()) wanted.push_back(input);
+      const variable_list found = torch::autograd::grad(plain_token_conv(saved[0], weights, causal, silu), wanted, dys,
+                                                        /*retain_graph=*/true, /*create_graph=*/true);
+      for (size_t i = 0, k = 0; i < saved.size(); i++)
+        if (saved[i].requires_grad()) gradients[i] = found[k++];
+      return gradients;
+    }
     auto [dx, dweights] = OPERATOR(token_conv_backward).call(dys, saved[0], weights, causal, silu);
     variable_list gradients{dx};
     gradients.insert(gradients.end(), dweights.begin(), dweights.end());
@@ -98,7 +127,10 @@ struct GeluFunction : Function<GeluFunction> {
   }
   static variable_list backward(AutogradContext* context, const variable_list& dy) {
     const Tensor x = context->get_saved_variables()[0];
-    return {OPERATOR(gelu_backward).call(dy[0], x, context->saved_data["tanh_form"].toBool()), Tensor()};
+    const bool tanh_form = context->saved_data["tanh_form"].toBool();
+    if (at::GradMode::is_enabled())  // create_graph=True: PyTorch's own has a second derivative
+      return {at::gelu_backward(dy[0], x, tanh_form ? "tanh" : "none"), Tensor()};
+    return {OPERATOR(gelu_backward).call(dy[0], x, tanh_form), Tensor()};
   }
 };
 
