@@ -102,7 +102,9 @@ class MambaVision(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for so many classes (0: none)."""
+        """A fresh head for so many classes (0: none). global_pool is timm's keyword: None or "avg"."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool {global_pool!r}: MambaVision pools by the average, global_pool='avg'")
         self.num_classes = num_classes
         device, dtype = self.patch_embed.conv_down[0].weight.device, self.patch_embed.conv_down[0].weight.dtype
         self.head = nn.Identity()
@@ -237,6 +239,10 @@ def _stage_indices(indices: int | Sequence[int] | None) -> list[int]:
     if indices is None:
         return [0, 1, 2, 3]
     if isinstance(indices, int):
+        if not 1 <= indices <= 4:
+            raise ValueError(
+                f"the last {indices} of the stages do not exist; there are 4, or give a list, e.g. [{indices}]"
+            )
         return list(range(4 - indices, 4))
     wrong = [i for i in indices if not -4 <= i < 4]
     if wrong:

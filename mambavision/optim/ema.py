@@ -58,7 +58,10 @@ class ModelEma:
         if self.theirs is None or self.theirs[0]() is not model:
             places = _Places(model)
             if places.names != self.own.names:
-                raise ValueError("the EMA holds other tensor names than this model; give update() the unwrapped model")
+                raise ValueError(
+                    "the EMA holds tensors of other names or shapes than this model; give update() the unwrapped model, and "
+                    "make a new ModelEma after a change of its layers (reset_classifier)"
+                )
             self.theirs = weakref.ref(model), places
         return self.theirs[1]
 
@@ -86,7 +89,7 @@ class _Places:
                         continue
                     found.add(id(tensor))
                     kind = 0 if tensor.is_floating_point() else 1
-                    self.names[kind].append(f"{prefix}.{key}")
+                    self.names[kind].append(f"{prefix}.{key} {tuple(tensor.shape)}")
                     self.places[kind].append((holder, key))
 
     def averaged(self) -> list[Tensor]:

@@ -181,6 +181,14 @@ def test_timm_features_only_gives_the_four_maps():
     ]
 
 
+def test_stages_and_pools_that_do_not_exist_are_refused():
+    for indices in (0, 5):
+        with pytest.raises(ValueError, match=f"the last {indices} of the stages do not exist"):
+            micro().forward_intermediates(torch.randn(1, 3, 32, 32), indices=indices)
+    with pytest.raises(ValueError, match="global_pool 'max': MambaVision pools by the average"):
+        micro().reset_classifier(3, global_pool="max")
+
+
 def test_reset_classifier_gives_a_fresh_head_or_none():
     model = micro().eval()
     model.reset_classifier(3)

@@ -92,7 +92,9 @@ def test_a_forward_derivative_through_torch_func_equals_float64(images):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_gradient_of_the_gradient_equals_float64_with_the_reference_scan_and_is_refused_by_the_native(images, training):
+def test_a_gradient_of_the_gradient_equals_float64_with_the_reference_scan_and_is_refused_by_the_native(
+    images, training
+):
     model, exact = (sample(scan_backend="reference").train(training) for _ in range(2))
     exact.double()
     for network, x in ((model, images.requires_grad_()), (exact, images.detach().double().requires_grad_())):

@@ -154,3 +154,11 @@ def test_a_buffer_that_is_a_slice_is_averaged_too(dtype: torch.dtype):
     model.slice.copy_(torch.arange(6, dtype=dtype).reshape(3, 2))
     ema.update(model, 0)
     torch.testing.assert_close(ema.module.slice, model.slice / 2)
+
+
+def test_a_model_whose_head_was_replaced_is_refused_and_not_read_beyond_its_end():
+    model = WithAllBuffers()
+    ema = ModelEma(model, 0.9)
+    model.head = nn.Linear(5, 7)
+    with pytest.raises(ValueError, match="other names or shapes .* make a new ModelEma after a change of its layers"):
+        ema.update(model, 0)
