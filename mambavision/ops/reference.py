@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mambavision.ops.tracing import needs_plain_operators
+
 # Tokens whose (batch, channels, state) tensors live at once while training. Between chunks only the state is kept and
 # the chunk is computed again in the backward, so that 12 544 tokens do not need 12 544 states.
 CHUNK_TOKENS = 256
@@ -45,7 +47,7 @@ def scan_reference(
             chunks = []
             for parts in zip(*(t.split(CHUNK_TOKENS, dim=1) for t in (x, delta, B, C)), strict=True):
                 arguments = (parts[0], parts[1], A, parts[2], parts[3], state)
-                if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+                if torch.is_grad_enabled() and not needs_plain_operators():  # torch.func knows no checkpoints
                     y, state = checkpoint(_scan_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
                 else:
                     y, state = _scan_chunk(*arguments)

@@ -9,8 +9,10 @@ from torch.nn.utils import prune
 
 from mambavision.models import fuse_for_inference
 from mambavision.ops.native_build import load_native
+from mambavision.ops.reference import CHUNK_TOKENS, scan_reference
 from mambavision.ops.selective_scan import choose_backend
 from tests.unit.model_samples import micro, relative
+from tests.unit.test_native_scan import scan_inputs
 
 DEPTHS = (1, 1, 2, 2)  # each kind of block; a mixer and an attention in stages 3 and 4
 
@@ -80,6 +82,13 @@ def test_gradients_of_single_images_through_torch_func_add_up_to_those_of_the_ba
     model(images).square().sum().backward()
     for name, expected in gradients(model).items():
         torch.testing.assert_close(single[name].sum(0), expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_the_reference_scan_of_many_tokens_has_gradients_through_torch_func():
+    inputs = [t.requires_grad_() for t in scan_inputs(1, CHUNK_TOKENS + 9, 3, 2)]
+    found = torch.func.grad(lambda *given: scan_reference(*given).square().sum(), argnums=tuple(range(7)))(*inputs)
+    expected = torch.autograd.grad(scan_reference(*inputs).square().sum(), inputs)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore")
