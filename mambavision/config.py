@@ -124,8 +124,8 @@ class CheckpointConfig:
     every_steps: int | None = None  # None: only by minutes and at epoch ends
     every_minutes: float | None = 15.0  # at most this much work is lost to a hard kill
     keep_last: int = 2  # newest checkpoints kept
-    keep_best: bool = True  # the best evaluation's checkpoint is kept besides
-    keep_every_epochs: int = 0  # epochs divisible by this are kept for ever; 0: none
+    keep_best: bool = True  # besides the checkpoint of the best Top-1: the moving average's, if there is one
+    keep_every_epochs: int = 0  # after every so many epochs one is kept for ever; 0: none
     asynchronous: bool = True  # write in the background; training stops only for the copy to host memory
     max_write_failures: int = 10  # this many failed writes in a row end the run
 

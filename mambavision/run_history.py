@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,27 +28,29 @@ class Start:
     cause: str | None = None
     lost_steps: int = 0  # done, but done again by the next start
     useful_seconds: float = 0.0  # spent on steps that counted
+    no_more: bool = False  # the next launch was refused, because the starts up to this one made no progress
     events: list[dict[str, Any]] = field(default_factory=list)
 
 
 def starts(directory: Path) -> list[Start]:
     """Oldest first."""
     found: list[Start] = []
+    launched: list[dict[str, Any]] | None = None  # what a launch has said before its start: no business of the last one
     for event in read_events(directory / "metrics.jsonl"):
-        if event["event"] == "start":
+        if event["event"] == "launch":
+            launched = [event]
+        elif event["event"] == "start":
             found.append(Start(event["time"], event["step"], event.get("resumed_from"), event.get("world_size", 1)))
             found[-1].last_step = found[-1].saved_step = event["step"]
-        if not found:
-            continue
-        start = found[-1]
-        start.events.append(event)
-        start.last_time = event["time"]
-        start.last_step = max(start.last_step, event.get("step") or 0)
-        if event["event"] == "checkpoint":
-            start.saved_step = event["step"]
-        elif event["event"] == "stop":
-            start.ending, start.cause = event["status"], event.get("cause")
-    _add_heartbeats(found, directory)
+            found[-1].events = launched or []
+            launched = None
+        elif launched is not None:
+            launched.append(event)
+            if found and event["event"] == "stop":
+                found[-1].no_more |= NO_PROGRESS in (event.get("cause") or "")
+        if launched is None and found:
+            _add(found[-1], event)
+    _add_heartbeats(found, directory, until=launched[0]["time"] if launched else math.inf)
     for start, following in itertools.pairwise(found):
         start.lost_steps = max(0, start.last_step - following.step)
     for start in found:
@@ -56,9 +59,22 @@ def starts(directory: Path) -> list[Start]:
     return found
 
 
-def _add_heartbeats(found: list[Start], directory: Path) -> None:
-    """The last start's heartbeats know steps that were never logged, and whether it still runs."""
-    beats = [b for b in read_heartbeats(directory) if found and b["time"] >= found[-1].time]
+def _add(start: Start, event: dict[str, Any]) -> None:
+    start.events.append(event)
+    start.last_time = event["time"]
+    start.last_step = max(start.last_step, event.get("step") or 0)
+    if event["event"] == "checkpoint":
+        start.saved_step = event["step"]
+    elif event["event"] == "stop":
+        start.ending, start.cause = event["status"], event.get("cause")
+
+
+def _add_heartbeats(found: list[Start], directory: Path, *, until: float) -> None:
+    """The last start's heartbeats know steps that were never logged, and whether it still runs.
+
+    until: when a later launch began, which has not come to its start (yet).
+    """
+    beats = [b for b in read_heartbeats(directory) if found and found[-1].time <= b["time"] < until]
     if beats:
         last = found[-1]
         last.last_step = max(last.last_step, *(b["step"] for b in beats))
@@ -74,7 +90,7 @@ def starts_without_progress(directory: Path, step: int) -> list[Start]:
     """
     counted: list[Start] = []
     for start in reversed(starts(directory)):
-        if start.step != step or start.saved_step > step or NO_PROGRESS in (start.cause or ""):
+        if start.step != step or start.saved_step > step or start.no_more:
             break
         if start.ending not in ("preempted", "finished"):
             counted.append(start)

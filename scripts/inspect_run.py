@@ -78,13 +78,14 @@ def _start_record(start: Start) -> dict[str, Any]:
 
 
 def _best(history: list[Start]) -> dict[str, Any] | None:
+    """By the score that decides which checkpoint is kept as the best: the moving average's, where there is one."""
     scores = [
-        {"step": e["step"], "epoch": e["epoch"], "top1": max(e["eval/top1"], e.get("eval/ema_top1", 0.0))}
+        {"step": e["step"], "epoch": e["epoch"], "top1": e.get("eval/ema_top1", e["eval/top1"])}
         for s in history
         for e in s.events
         if e["event"] == "eval"
     ]
-    return max(scores, key=lambda s: s["top1"], default=None)
+    return max(scores, key=lambda s: (s["top1"], s["step"]), default=None)
 
 
 def _wandb(directory: Path) -> dict[str, Any] | None:

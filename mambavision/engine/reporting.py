@@ -39,20 +39,34 @@ class Utilization:
 def log_training(trainer: Trainer) -> float:
     """Logs what the meters have summed since the last call; returns its mean cross-entropy. Collective."""
     measured, progress = trainer.meters.flush(), trainer.progress
-    epoch = (progress.step - 1) // trainer.train_loader.steps_per_epoch
-    size = resolution_at(epoch, trainer.cfg.data.image_size, trainer.cfg.data.progressive_resolution)
+    size = resolution_at(trainer.epoch_done, trainer.cfg.data.image_size, trainer.cfg.data.progressive_resolution)
     measured |= trainer.utilization(measured["speed/img_per_sec"] / trainer.world.world_size, size)
-    remaining = (trainer.last_step - progress.step) * measured["speed/step_seconds"]
     trainer.telemetry.log(
         "train",
-        epoch=epoch,
+        epoch=trainer.epoch_done,
         step=progress.step,
         total_steps=trainer.last_step,
         samples_seen=progress.samples_seen,
         **{"optimizer.lr": trainer.lr(progress.step - 1)},
         **measured,
-        **{"speed/memory_gib": peak_memory_gib(trainer.world.device), "eta_seconds": remaining},
+        **{"speed/memory_gib": peak_memory_gib(trainer.world.device), "eta_seconds": remaining(trainer, measured)},
     )
     if trainer.world.world_size > 1:
         trainer.telemetry.log("ranks", step=progress.step, **trainer.meters.by_rank)
     return measured["train/loss"] - measured.get("train/mesa_loss", 0.0)
+
+
+def remaining(trainer: Trainer, measured: dict[str, float]) -> float:
+    """Seconds to the end of the run at the measured speed: its steps, and its evaluations with their checkpoints."""
+    # Until one is measured: about as long as training on those images takes.
+    assumed = trainer.eval_loader.num_samples / measured["speed/img_per_sec"]
+    evaluation_seconds = assumed if trainer.evaluation_seconds is None else trainer.evaluation_seconds
+    every_steps = trainer.cfg.trainer.eval_every_epochs * trainer.train_loader.steps_per_epoch
+    evaluations = evaluations_ahead(trainer.progress.step, trainer.last_step, every_steps)
+    training_seconds = (trainer.last_step - trainer.progress.step) * measured["speed/step_seconds"]
+    return training_seconds + evaluations * evaluation_seconds
+
+
+def evaluations_ahead(step: int, last_step: int, every_steps: int) -> int:
+    """After `step` steps (1 or more), whose own evaluation is still to come: every so many, and after the last."""
+    return last_step // every_steps - (step - 1) // every_steps + (last_step % every_steps > 0)

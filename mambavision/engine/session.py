@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import socket
 import sys
 import time
 from dataclasses import asdict
@@ -186,6 +187,8 @@ def build_telemetry(cfg: TrainConfig, run_dir: RunDirectory, world: World) -> Te
     if not world.is_main:
         return Telemetry([])
     telemetry = Telemetry([JsonlSink(run_dir.metrics)])
+    # Before anything else of this launch: what it has to say before its `start` is not the last start's any more.
+    telemetry.log("launch", host=socket.gethostname(), pid=os.getpid())
     if cfg.logger.console != "off":
         telemetry.sinks.append(ConsoleSink(cfg.logger.console))
     if wandb_mode(cfg.logger) != "off":

@@ -85,21 +85,22 @@ class Trainer:
         self.last_eval: dict[str, Any] = {}
         self.config = plain(asdict(cfg)) | {"num_classes": train_loader.num_classes}
         self.meters = StepMeters(world.device)
-        self.guard = Guard(
-            cfg.guard,
-            num_classes=transform.num_classes,
-            device=world.device,
-            capacity=cfg.trainer.agree_every_steps,
-            fp16=precision == "fp16",
-        )
+        sizes = dict(num_classes=transform.num_classes, capacity=cfg.trainer.agree_every_steps)
+        self.guard = Guard(cfg.guard, device=world.device, fp16=precision == "fp16", **sizes)
         self.meetings = Meetings(cfg.trainer.agree_every_steps)
         self.warm = False  # this process has taken a step
+        self.evaluation_seconds: float | None = None  # what the last evaluation held training up, its checkpoints too
 
     # ---- position, all derived from progress -------------------------------------------------------------------------
 
     @property
     def epoch(self) -> int:
         return self.progress.step // self.train_loader.steps_per_epoch
+
+    @property
+    def epoch_done(self) -> int:
+        """The epoch that the last step done belongs to: `epoch` in events and in the records of checkpoints."""
+        return max(self.progress.step - 1, 0) // self.train_loader.steps_per_epoch
 
     @property
     def at_epoch_end(self) -> bool:
@@ -118,7 +119,8 @@ class Trainer:
 
     def fit(self) -> str:
         """Train to the last step, or until all ranks have agreed to stop. Returns finished or preempted."""
-        if self.at_epoch_end and self.last_eval.get("step") != self.progress.step:
+        is_done = self.progress.step >= self.last_step
+        if (self.at_epoch_end or is_done) and self.last_eval.get("step") != self.progress.step:
             self.finish_epoch()  # a run that was stopped before its evaluation makes up for it
         while self.progress.step < self.last_step:
             if self.stop.agreed() is Decision.STOP or self.train_epoch() == "stop":
@@ -217,21 +219,23 @@ class Trainer:
 
         It is kept before as well: an evaluation may outlast the time that launchers give after their notice.
         """
-        epochs_done = self.progress.step // self.train_loader.steps_per_epoch
-        last = self.progress.step == self.last_step
-        due = last or (self.at_epoch_end and epochs_done % self.cfg.trainer.eval_every_epochs == 0)
+        start = time.monotonic()
+        last = self.progress.step >= self.last_step
+        due = last or (self.at_epoch_end and self.epoch % self.cfg.trainer.eval_every_epochs == 0)
         if due:
             self.save()
-            self.evaluate(epochs_done)
+            self.evaluate()
         self.save(again=due)
+        if due:
+            self.evaluation_seconds = time.monotonic() - start
 
-    def evaluate(self, epochs_done: int) -> None:
+    def evaluate(self) -> None:
         faults.at("evaluate", self.progress.step)
         models = {"": self.raw_model} | ({"ema_": self.ema.module} if self.ema is not None else {})
         batches = self.watchdog.while_iterating(self.eval_loader, self.progress.step, "evaluate")
         result = evaluate(models, batches, prepare=self.transform.evaluate, autocast=self.autocast, world=self.world)
         self.last_eval = {"step": self.progress.step, **{f"eval/{k}": v for k, v in result.items()}}
-        self.telemetry.log("eval", epoch=epochs_done, **self.last_eval)
+        self.telemetry.log("eval", epoch=self.epoch_done, **self.last_eval)
 
     def log_training(self) -> None:
         cross_entropy = reporting.log_training(self)
@@ -292,7 +296,7 @@ class Trainer:
             current = self.last_eval if self.last_eval.get("step") == self.progress.step else {}
             record = {
                 "samples_seen": self.progress.samples_seen,
-                "epoch": self.epoch,
+                "epoch": self.epoch_done,
                 "epoch_finished": self.epoch if self.at_epoch_end else None,
                 "score": current.get("eval/ema_top1", current.get("eval/top1")),
                 "metrics": current,

@@ -75,6 +75,15 @@ def test_a_run_killed_in_its_last_evaluation_makes_up_for_it(train: Trainer, ref
     assert state_hash(again.directory) == reference
 
 
+def test_a_last_evaluation_in_mid_epoch_is_made_up_for_as_well(train: Trainer) -> None:
+    killed = train.start("run", "trainer.max_steps=12", fault="sleep600@12/evaluate", ranks=1)
+    killed.wait_for(lambda: 12 in valid_steps(killed.directory))
+    killed.kill()
+    again = train.run("run", "trainer.max_steps=12", ranks=1)
+    assert (again.code, [e["step"] for e in again.events("eval")]) == (0, [8, 12])
+    assert again.status["eval/top1"] == again.events("eval")[-1]["eval/top1"]
+
+
 def test_a_kill_in_a_long_evaluation_loses_no_step(train: Trainer, reference: str) -> None:
     killed = train.start("run", "checkpoint.every_steps=null", fault="sleep600@8/evaluate", ranks=1)
     killed.wait_for(lambda: valid_steps(killed.directory) == [8])

@@ -10,7 +10,7 @@ import pytest
 
 from mambavision.engine import checkpoint
 from tests.faults.conftest import prefork, reference, train, uninterrupted  # noqa: F401
-from tests.faults.harness import STEPS, Trainer, newest, running, state_hash, valid_steps
+from tests.faults.harness import STEPS, STEPS_PER_EPOCH, Trainer, Training, newest, running, state_hash, valid_steps
 
 
 def test_a_run_killed_twice_and_stopped_once_arrives_at_the_same_bits(train: Trainer, reference: str) -> None:  # noqa: F811
@@ -60,3 +60,10 @@ def test_a_run_is_not_continued_as_another_one(train: Trainer, override: str) ->
     refused = train.run("run", override, ranks=1)
     assert refused.code == 2
     assert "optimizer.lr" in refused.output
+
+
+def test_epochs_are_numbered_alike_in_all_events_and_their_evaluations_are_expected(uninterrupted: Training) -> None:  # noqa: F811
+    trained, scored = uninterrupted.events("train"), uninterrupted.events("eval")
+    assert [e["epoch"] for e in trained] == [(e["step"] - 1) // STEPS_PER_EPOCH for e in trained]
+    assert [(e["step"], e["epoch"]) for e in scored] == [(8, 0), (16, 1), (24, 2)]
+    assert trained[-1]["step"] == STEPS and trained[-1]["eta_seconds"] > 0, "the last evaluation is still to come"

@@ -15,8 +15,9 @@ import pytest
 
 from mambavision.compose import compose_train_config
 from mambavision.run_dir import RunDirectory, run_name, write_atomically
-from mambavision.run_history import starts, starts_without_progress
+from mambavision.run_history import NO_PROGRESS, starts, starts_without_progress
 from mambavision.run_lock import LockLost, RunLock
+from scripts.inspect_run import inspect
 
 
 def test_a_lock_is_held_by_one_and_released(tmp_path: Path) -> None:
@@ -194,3 +195,37 @@ def test_only_faults_at_the_same_step_count_against_the_restart_budget(tmp_path:
     assert len(starts_without_progress(tmp_path, 0)) == 0
     history(tmp_path, started(20), failed(25), started(20), {"event": "checkpoint", "step": 30}, failed(31))
     assert starts_without_progress(tmp_path, 20) == []
+
+
+def refused(cause: str) -> dict:
+    return {"event": "stop", "step": 20, "status": "failed", "cause": cause}
+
+
+def test_what_a_launch_says_before_its_start_is_not_counted_with_the_start_before(tmp_path: Path) -> None:
+    launch, notice = {"event": "launch", "time": 9000.0}, {"event": "notice", "time": 9001.0, "message": "2 ranks"}
+    history(tmp_path, started(0), {"event": "train", "step": 30}, launch, notice, started(20) | {"time": 9002.0})
+    first, second = starts(tmp_path)
+    assert first.last_time - first.time == 10.0, "the hours between the two are nobody's"
+    assert [e["event"] for e in second.events] == ["launch", "notice", "start"]
+
+
+def test_a_launch_that_was_refused_changes_nothing_about_the_start_before(tmp_path: Path) -> None:
+    launch = {"event": "launch", "time": 9000.0}
+    (tmp_path / "heartbeats").mkdir()
+    beat = {"rank": 0, "host": "x", "pid": 1, "step": 0, "phase": "end", "time": 9001.0}
+    (tmp_path / "heartbeats" / "rank_00000.json").write_text(json.dumps(beat))
+    for cause in ("ValueError: the checkpoint is of another model", f"ValueError: {NO_PROGRESS}: the last 1 ..."):
+        history(tmp_path, started(20), {"event": "train", "step": 30}, launch, refused(cause))
+        (only,) = starts(tmp_path)
+        assert (only.ending, only.cause, only.last_time) == ("killed", None, 1010.0)
+        assert len(starts_without_progress(tmp_path, 20)) == (0 if NO_PROGRESS in cause else 1)
+
+
+def test_the_best_that_is_shown_is_the_one_whose_checkpoint_is_kept(tmp_path: Path) -> None:
+    scores = [(15, 0, 40.0, 30.0), (30, 1, 10.0, 35.0), (45, 2, 39.0, 34.0)]
+    evaluations = [
+        {"event": "eval", "step": step, "epoch": epoch, "eval/top1": raw, "eval/ema_top1": ema}
+        for step, epoch, raw, ema in scores
+    ]
+    history(tmp_path, started(0), *evaluations)
+    assert inspect(tmp_path)["best"] == {"step": 30, "epoch": 1, "top1": 35.0}

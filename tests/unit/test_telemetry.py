@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from mambavision.config import LoggerConfig
+from mambavision.engine.reporting import evaluations_ahead
 from mambavision.telemetry.console import ConsoleSink
 from mambavision.telemetry.meters import StepMeters
 from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
@@ -195,3 +196,10 @@ def test_meters_mean_over_steps() -> None:
     assert result["speed/slowest_rank_ratio"] == 1.0
     assert len(meters.by_rank["own_seconds"]) == 1
     assert meters.steps == 0
+
+
+@pytest.mark.parametrize(("last", "every"), [(60, 15), (60, 30), (50, 15), (10, 15), (60, 45)])
+def test_the_remaining_time_counts_every_evaluation_that_is_still_to_come(last: int, every: int) -> None:
+    evaluated = {step for step in range(1, last + 1) if step % every == 0 or step == last}
+    for step in range(1, last + 1):
+        assert evaluations_ahead(step, last, every) == len([e for e in evaluated if e >= step]), step
