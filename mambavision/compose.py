@@ -19,7 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mambavision.config import EvalConfig, TrainConfig
-from mambavision.config_checks import ConfigError, check, check_values, known_keys, to_config, unknown_key_advice
+from mambavision.config_checks import (
+    ConfigError,
+    check,
+    check_values,
+    known_keys,
+    text_keys,
+    to_config,
+    unknown_key_advice,
+)
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
@@ -91,12 +99,22 @@ def check_overrides(overrides: list[str], cls: type) -> list[str]:
 
     Hydra accepts any new key with a leading `+` and answers unknown keys without a suggestion; both are refused here.
     Returns the overrides as Hydra wants them: no `+` before a group (both spellings are in use), one before the
-    free-form model.architecture keys.
+    free-form model.architecture keys, and texts that look like numbers in quotes.
     """
     overrides = [_normalise(o) for o in overrides]
-    for override in [_parse(o) for o in overrides]:
+    parsed = [_parse(o) for o in overrides]
+    for override in parsed:
         _check_override(override, cls)
-    return overrides
+    texts = text_keys(cls)
+    return [_as_typed(o, p) if p.key_or_group in texts else o for o, p in zip(overrides, parsed)]
+
+
+def _as_typed(override: str, parsed: Override) -> str:
+    """For Hydra run_name=1.10 is the number 1.1, and 20260101_01 is 2026010101: other names, perhaps other runs'."""
+    if parsed.is_sweep_override() or not isinstance(parsed.value(), (bool, int, float)):
+        return override
+    key, _, value = override.partition("=")
+    return f"{key}={quoted(value)}"
 
 
 def _parse(override: str) -> Override:

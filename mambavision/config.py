@@ -34,8 +34,8 @@ class DataConfig:
     crop_pct: float = 1.0  # evaluation: the centre crop is this share of the resized image
     crop_mode: str = "center"  # center: resize the short side, then crop | squash: resize both sides, no crop
     eval_interpolation: str = "bicubic"  # bicubic | bilinear
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # subtracted, in units of [0, 1]
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # divided by, in units of [0, 1]
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # subtracted, in units of [0, 1]
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # divided by, in units of [0, 1]
     decoder: str = "native"  # native (ours, exact and keyed) | stock (FFCV's own operations, not reproducible)
     os_cache: bool = True  # ffcv: let the kernel cache the file (it fits in RAM, or ranks share it)
     corrupt_images: str = "skip"  # skip: count, name, take the next sample instead | stop: end the run

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from typing import Any, TypeVar
 
 from mambavision.config import EvalConfig, TrainConfig
+from mambavision.config_ranges import CHOICES, RANGES, out_of_range
 
 T = TypeVar("T")
 
@@ -83,6 +85,17 @@ def known_keys(cls: type = TrainConfig, path: str = "") -> list[str]:
     return keys
 
 
+def text_keys(cls: type, path: str = "") -> list[str]:
+    """Full keys of the settings that are texts."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            keys += text_keys(hint, f"{path}{name}.")
+        elif hint in (str, str | None):
+            keys.append(f"{path}{name}")
+    return keys
+
+
 def _group_names(cls: type) -> set[str]:
     return {k.rsplit(".", 1)[0] for k in known_keys(cls) if "." in k}
 
@@ -102,79 +115,6 @@ def unknown_key_advice(key: str, cls: type = TrainConfig) -> str:
     )
 
 
-CHOICES = {
-    "data.source": ("ffcv", "folder", "synthetic"),
-    "data.crop_mode": ("center", "squash"),
-    "data.eval_interpolation": ("bicubic", "bilinear"),
-    "data.decoder": ("native", "stock"),
-    "data.corrupt_images": ("skip", "stop"),
-    "augment.interpolation": ("random", "bilinear", "bicubic"),
-    "optimizer.name": ("lamb", "lamb_torch_optimizer", "adamw", "sgd"),
-    "optimizer.decay_rule": ("published", "mamba"),
-    "schedule.name": ("cosine", "constant"),
-    "trainer.device": ("auto", "cuda", "cpu"),
-    "trainer.precision": ("auto", "bf16", "fp16", "fp32"),
-    "model.init": ("published", "mamba"),
-    "model.checkpoint_weights": ("model", "ema"),
-    "model.window_padding": ("published", "tight"),
-    "model.scan_backend": ("auto", "cpu", "triton", "mamba_ssm", "reference"),
-    "logger.wandb": ("auto", "online", "offline", "off"),
-    "logger.console": ("auto", "lines", "off"),
-    "resume.mode": ("auto", "never"),
-    "guard.collapse_policy": ("stop", "rollback", "warn"),
-    "device": ("auto", "cuda", "cpu"),
-    "precision": ("auto", "bf16", "fp16", "fp32"),
-}
-
-# key: (lowest, highest, whether the lowest itself is allowed)
-RANGES = {
-    "optimizer.lr": (0, float("inf"), False),
-    "optimizer.weight_decay": (0, float("inf"), True),
-    "optimizer.clip_grad": (0, float("inf"), False),
-    "schedule.warmup_epochs": (0, float("inf"), True),
-    "schedule.cooldown_epochs": (0, float("inf"), True),
-    "trainer.epochs": (1, float("inf"), True),
-    "trainer.global_batch_size": (1, float("inf"), True),
-    "trainer.micro_batch_size": (1, float("inf"), True),
-    "trainer.eval_batch_size": (1, float("inf"), True),
-    "trainer.max_steps": (1, float("inf"), True),
-    "trainer.ema_decay": (0, 1, True),
-    "trainer.mesa.weight": (0, float("inf"), True),
-    "trainer.mesa.start_fraction": (0, 1, True),
-    "trainer.eval_every_epochs": (1, float("inf"), True),
-    "trainer.log_every_steps": (1, float("inf"), True),
-    "trainer.agree_every_steps": (1, float("inf"), True),
-    "trainer.threads": (1, float("inf"), True),
-    "augment.hflip": (0, 1, True),
-    "augment.erasing_prob": (0, 1, True),
-    "augment.mixup": (0, float("inf"), True),
-    "augment.cutmix": (0, float("inf"), True),
-    "augment.mixup_switch_prob": (0, 1, True),
-    "augment.label_smoothing": (0, 1, True),
-    "data.image_size": (8, float("inf"), True),
-    "data.num_workers": (0, float("inf"), True),
-    "data.crop_pct": (0, 1, False),
-    "data.repeated_augmentation": (1, float("inf"), True),
-    "model.drop_path": (0, 1, True),
-    "checkpoint.every_steps": (1, float("inf"), True),
-    "checkpoint.every_minutes": (0, float("inf"), True),
-    "checkpoint.keep_last": (1, float("inf"), True),
-    "checkpoint.keep_every_epochs": (0, float("inf"), True),
-    "checkpoint.max_write_failures": (1, float("inf"), True),
-    "data.max_corrupt_fraction": (0, 1, True),
-    "guard.max_skipped_steps": (1, float("inf"), True),
-    "guard.max_rollbacks": (0, float("inf"), True),
-    "guard.collapse_loss_margin": (0, float("inf"), True),
-    "max_restarts_without_progress": (1, float("inf"), True),
-    "watchdog.heartbeat_seconds": (0, float("inf"), False),
-    "watchdog.stall_seconds": (0, float("inf"), False),
-    "watchdog.start_timeout_seconds": (0, float("inf"), False),
-    "watchdog.init_timeout_seconds": (0, float("inf"), False),
-    "watchdog.step_timeout_seconds": (0, float("inf"), False),
-    "batch_size": (1, float("inf"), True),
-}
-
-
 def lookup(cfg: Any, key: str) -> Any:
     for part in key.split("."):
         cfg = getattr(cfg, part, None)
@@ -189,12 +129,12 @@ def check_values(cfg: TrainConfig | EvalConfig) -> None:
             near = difflib.get_close_matches(str(value), choices, n=1)
             advice = f"did you mean {key}={near[0]}? " if near else ""
             raise ConfigError(f"{key}={value} is not known; {advice}one of: {', '.join(choices)}")
-    for key, (low, high, closed) in RANGES.items():
+    for key, interval in RANGES.items():
         value = lookup(cfg, key)
-        if value is not None and not ((low <= value if closed else low < value) and value <= high):
-            bound = f"at least {low}" if closed else f"more than {low}"
-            upper = "" if high == float("inf") else f" and at most {high}"
-            raise ConfigError(f"{key}={value} is out of range: it must be {bound}{upper}")
+        for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            if wanted := out_of_range(number, interval):
+                shown = f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else value
+                raise ConfigError(f"{key}={shown} is out of range: it must be {wanted}")
 
 
 def check_combinations(cfg: TrainConfig) -> None:
@@ -220,22 +160,40 @@ def check_combinations(cfg: TrainConfig) -> None:
         raise ConfigError(
             f"schedule.min_lr={cfg.schedule.min_lr:g} is above optimizer.lr={cfg.optimizer.lr:g}; lower min_lr"
         )
+    if cfg.schedule.warmup_epochs > 0 and cfg.schedule.warmup_lr > cfg.optimizer.lr:
+        raise ConfigError(
+            f"schedule.warmup_lr={cfg.schedule.warmup_lr:g}, where the warm-up begins, is above optimizer.lr="
+            f"{cfg.optimizer.lr:g}; lower warmup_lr, or type schedule.warmup_epochs=0"
+        )
+    if cfg.schedule.name == "constant" and cfg.schedule.cooldown_epochs:
+        raise ConfigError(
+            f"schedule.cooldown_epochs={cfg.schedule.cooldown_epochs} are epochs at the end of a cosine, which schedule=constant "
+            f"does not have; type schedule.cooldown_epochs=0 trainer.epochs={t.epochs + cfg.schedule.cooldown_epochs}"
+        )
     if (a.mixup > 0 or a.cutmix > 0) and t.micro_batch_size % 2:
         raise ConfigError(
             f"mixup and cutmix pair the images of a micro-batch, so trainer.micro_batch_size={t.micro_batch_size} must be even; "
             "or turn them off: augment.mixup=0 augment.cutmix=0"
         )
-    if not a.random_crop and a.pad_crop < 0:
-        raise ConfigError(f"augment.pad_crop={a.pad_crop} must be 0 or more")
+    for key in ("augment.crop_scale", "augment.crop_ratio"):
+        low, high = lookup(cfg, key)
+        if low > high:
+            raise ConfigError(
+                f"{key}=[{low:g},{high:g}] has its ends the wrong way round; type {key}=[{high:g},{low:g}]"
+            )
+    if cfg.run_name and os.path.normpath(cfg.run_name).split(os.sep)[0] in (".", ".."):
+        raise ConfigError(
+            f"run_name={cfg.run_name} is no directory of its own below output_dir={cfg.output_dir}; type run_name=NAME"
+        )
+    for key in cfg.resume.allow:
+        if not (key in (*known_keys(), "data.fingerprint") or key.startswith("model.architecture.")):
+            raise ConfigError(f"resume.allow: {unknown_key_advice(key)}")
     if cfg.debug not in (None, "nan", "profile"):
         raise ConfigError(f"debug={cfg.debug} is not known; type debug=nan or debug=profile, or leave it out")
-    if cfg.model.checkpoint is not None:
-        import os
-
-        if not os.path.exists(cfg.model.checkpoint):
-            raise ConfigError(
-                f"model.checkpoint={cfg.model.checkpoint} does not exist; give the path of a .pt or .pth.tar file"
-            )
+    if cfg.model.checkpoint is not None and not os.path.exists(cfg.model.checkpoint):
+        raise ConfigError(
+            f"model.checkpoint={cfg.model.checkpoint} does not exist; give the path of a .pt or .pth.tar file"
+        )
 
 
 def check(cfg: TrainConfig) -> TrainConfig:

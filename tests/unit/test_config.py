@@ -9,8 +9,9 @@ import pytest
 
 from mambavision import list_models
 from mambavision.compose import CONF_DIR, compose_eval_config, compose_train_config, group_choices
-from mambavision.config import TrainConfig
-from mambavision.config_checks import ConfigError, batch_plan, known_keys
+from mambavision.config import EvalConfig, TrainConfig
+from mambavision.config_checks import ConfigError, batch_plan, check_values, known_keys, to_config
+from mambavision.config_ranges import CHOICES, RANGES
 
 SYNTHETIC = ["data=synthetic"]
 
@@ -43,6 +44,13 @@ SYNTHETIC = ["data=synthetic"]
         (["data=ffcv", "data.path=null"], "needs data.path=DIR"),
         ([*SYNTHETIC, "data.num_classes=null"], "needs data.num_classes"),
         ([*SYNTHETIC, "debug=yes"], "type debug=nan"),
+        ([*SYNTHETIC, "schedule.warmup_lr=1"], "schedule.warmup_lr=1, where the warm-up begins, is above optimizer.lr"),
+        ([*SYNTHETIC, "schedule=constant", "schedule.cooldown_epochs=10"], "cooldown_epochs=0 trainer.epochs=310"),
+        ([*SYNTHETIC, "augment.crop_scale=[1,0.08]"], "type augment.crop_scale=[0.08,1]"),
+        ([*SYNTHETIC, "data.mean=[0.5]"], "takes 3 numbers"),
+        ([*SYNTHETIC, "resume.allow=[optimzer.lr]"], "did you mean optimizer.lr"),
+        ([*SYNTHETIC, "run_name=.."], "run_name=.. is no directory of its own"),
+        ([*SYNTHETIC, "output_dir=/tmp", "run_name=x/../../y"], "is no directory of its own"),
     ],
 )
 def test_slip_is_answered_with_what_to_type(overrides: list[str], advice: str):
@@ -52,8 +60,6 @@ def test_slip_is_answered_with_what_to_type(overrides: list[str], advice: str):
 
 
 def test_unknown_key_in_a_config_file_is_named(tmp_path: Path):
-    from mambavision.config_checks import to_config
-
     with pytest.raises(ConfigError, match=r"'optimizer\.lrr'; did you mean optimizer\.lr"):
         to_config(TrainConfig, {"optimizer": {"lrr": 0.1}})
 
@@ -119,3 +125,39 @@ def test_batch_that_does_not_divide_names_the_nearest():
         ConfigError, match=r"nearest: trainer.global_batch_size=96, or keep it with trainer.micro_batch_size=10"
     ):
         batch_plan(100, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("optimizer.lr", float("inf"), "a finite number and more than 0"),
+        ("optimizer.lr", float("nan"), "a finite number and more than 0"),
+        ("optimizer.betas", (0.9, 1.5), "at least 0 and less than 1"),
+        ("trainer.ema_decay", 1.0, "at least 0 and less than 1"),
+        ("trainer.mesa.temperature", 0.0, "more than 0"),
+        ("model.drop_path", 1.0, "less than 1"),
+        ("data.std", (0.2, 0.0, 0.2), "more than 0"),
+        ("data.num_workers", 0, "at least 1"),
+        ("data.synthetic_eval_samples", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
+        ("seed", 10**23, "at most 9223372036854775807"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused_with_what_it_must_be(key: str, value: object, wanted: str):
+    *groups, leaf = key.split(".")
+    values: dict = {leaf: value}
+    for group in reversed(groups):
+        values = {group: values}
+    with pytest.raises(ConfigError, match=f"{key}=.* is out of range: it must be .*{wanted}"):
+        check_values(to_config(TrainConfig, values))
+
+
+def test_every_range_and_choice_belongs_to_a_setting():
+    """A key misspelt there would check nothing."""
+    known = {*known_keys(), *known_keys(EvalConfig)}
+    assert {*RANGES, *CHOICES} <= known
+
+
+@pytest.mark.parametrize("name", ["1.10", "20260101_01", "007", "1e3", "true", "'1.10'"])
+def test_a_name_that_looks_like_a_number_stays_as_it_was_typed(name: str):
+    assert compose_train_config(["experiment=tiny", f"run_name={name}"]).run_name == name.strip("'")
