@@ -143,7 +143,13 @@ class RunDirectory:
         """
         file = self.path / "data.json"
         if file.exists() and not belongs_to("data.fingerprint", allow):
-            stored = json.loads(file.read_text())
+            try:
+                stored = dict(json.loads(file.read_text()))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{file} cannot be read, so that nothing tells whether this is the run's data ({error}); remove it, or "
+                    "start another run with run_name=NAME"
+                ) from error
             table = [f"  {k}: {stored.get(k)} -> {v}" for k, v in data.items() if stored.get(k) != v]
             if table:
                 raise ValueError(
@@ -155,9 +161,16 @@ class RunDirectory:
         write_atomically(file, json.dumps(data, indent=1) + "\n")
 
     def stored_config(self) -> dict[str, Any] | None:
+        """None where there is none. Raises ValueError where it says nothing."""
         if not self.config_file.exists():
             return None
-        return yaml.safe_load(self.config_file.read_text())
+        try:
+            return dict(yaml.safe_load(self.config_file.read_text()))
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.config_file} cannot be read, so that nothing tells whether this is the run it holds ({error}); put "
+                "it back (each checkpoint has it under `config`), or start another run with run_name=NAME"
+            ) from error
 
     def write_status(self, status: str, *, step: int, **details: Any) -> None:
         """status: running | finished | preempted | failed, with the step and, where there is one, a cause."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mambavision.engine.checkpoint import step_of
 from mambavision.engine.watchdog import read_heartbeats
 from mambavision.telemetry.sinks import read_events
 
@@ -28,6 +29,7 @@ class Start:
     cause: str | None = None
     lost_steps: int = 0  # done, but done again by the next start
     useful_seconds: float = 0.0  # spent on steps that counted
+    saved_as: int = 0  # `step` as the start before counted: a larger global batch has fewer steps
     no_more: bool = False  # the next launch was refused, because the starts up to this one made no progress
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -40,9 +42,7 @@ def starts(directory: Path) -> list[Start]:
         if event["event"] == "launch":
             launched = [event]
         elif event["event"] == "start":
-            found.append(Start(event["time"], event["step"], event.get("resumed_from"), event.get("world_size", 1)))
-            found[-1].last_step = found[-1].saved_step = event["step"]
-            found[-1].events = launched or []
+            found.append(_begun(event, launched or []))
             launched = None
         elif launched is not None:
             launched.append(event)
@@ -52,11 +52,19 @@ def starts(directory: Path) -> list[Start]:
             _add(found[-1], event)
     _add_heartbeats(found, directory, until=launched[0]["time"] if launched else math.inf)
     for start, following in itertools.pairwise(found):
-        start.lost_steps = max(0, start.last_step - following.step)
+        start.lost_steps = max(0, start.last_step - following.saved_as)
     for start in found:
         done = start.last_step - start.step
         start.useful_seconds = (start.last_time - start.time) * ((done - start.lost_steps) / done if done else 0.0)
     return found
+
+
+def _begun(event: dict[str, Any], launched: list[dict[str, Any]]) -> Start:
+    step, resumed_from = event["step"], event.get("resumed_from")
+    start = Start(event["time"], step, resumed_from, event.get("world_size", 1), events=launched)
+    start.last_step = start.saved_step = step
+    start.saved_as = step_of(Path(resumed_from)) if resumed_from else step
+    return start
 
 
 def _add(start: Start, event: dict[str, Any]) -> None:

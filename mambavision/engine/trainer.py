@@ -235,7 +235,7 @@ class Trainer:
         batches = self.watchdog.while_iterating(self.eval_loader, self.progress.step, "evaluate")
         result = evaluate(models, batches, prepare=self.transform.evaluate, autocast=self.autocast, world=self.world)
         self.last_eval = {"step": self.progress.step, **{f"eval/{k}": v for k, v in result.items()}}
-        self.telemetry.log("eval", epoch=self.epoch_done, **self.last_eval)
+        self.telemetry.log("eval", epoch=self.epoch_done, samples_seen=self.progress.samples_seen, **self.last_eval)
 
     def log_training(self) -> None:
         cross_entropy = reporting.log_training(self)

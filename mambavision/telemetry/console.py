@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ class _Console(Console):
 class ConsoleSink:
     def __init__(self, mode: str = "auto"):
         """mode: auto (progress bar on a terminal), or lines."""
+        if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal's encoding lacks must not end the run
+            sys.stdout.reconfigure(errors="backslashreplace")
         # Wide enough that a redirected log does not break its lines.
         self.console = _Console(highlight=False, soft_wrap=True)
         self.progress: Progress | None = None

@@ -43,7 +43,7 @@ class WandbSink:
     ):
         """history: what earlier starts of this run have logged; of this start only later steps are sent."""
         self.cfg, self.directory, self.run_name, self.config, self.warn_run = cfg, directory, run_name, config, warn
-        self.last_step = _newest_steps(history)
+        self.newest = _newest(history)
         # Beside the bounded queue, which a long history would fill.
         self.catching_up = [("best", _best_scores(history)), *_unsent(history, directory)]
         self.events: queue.Queue = queue.Queue(_QUEUE_EVENTS)
@@ -57,9 +57,9 @@ class WandbSink:
     def log(self, event: str, fields: dict[str, Any]) -> None:
         if event == "stop" and fields["status"] == "finished" and self.cfg.artifacts:
             self._put("artifacts", {})
-        if event not in _SENT_EVENTS or fields["step"] <= self.last_step[event]:
+        if event not in _SENT_EVENTS or _place(fields) <= self.newest[event]:
             return
-        self.last_step[event] = fields["step"]
+        self.newest[event] = _place(fields)
         waiting = time.monotonic() - self.created
         if self.progress == "starting" and waiting > self.cfg.init_timeout_seconds + _GRACE_SECONDS:
             self._warn(f"W&B has not started within {waiting:.0f} s; training does not wait for it")
@@ -197,8 +197,13 @@ class WandbSink:
             self.warn_run(message)
 
 
-def _newest_steps(events: list[dict[str, Any]]) -> dict[str, int]:
-    return {name: max((e["step"] for e in events if e["event"] == name), default=-1) for name in _SENT_EVENTS}
+def _place(fields: dict[str, Any]) -> int:
+    """Where in the run: by the samples seen, since steps have lower numbers once the global batch has grown."""
+    return fields.get("samples_seen", fields["step"])
+
+
+def _newest(events: list[dict[str, Any]]) -> dict[str, int]:
+    return {name: max((_place(e) for e in events if e["event"] == name), default=-1) for name in _SENT_EVENTS}
 
 
 def _best_scores(events: list[dict[str, Any]]) -> dict[str, float]:
@@ -216,11 +221,11 @@ def _unsent(history: list[dict[str, Any]], directory: Path) -> list[tuple[str, d
         return []
     stops = [i for i, e in enumerate(history) if e["event"] == "stop" and e.get("status") != "failed"]
     first = stops[-1] + 1 if stops else 0
-    newest, unsent = _newest_steps(history[:first]), []
+    newest, unsent = _newest(history[:first]), []
     for event in history[first:]:
         name = event["event"]
-        if name in _SENT_EVENTS and event["step"] > newest[name]:  # a resumed start has logged some steps anew
-            newest[name] = event["step"]
+        if name in _SENT_EVENTS and _place(event) > newest[name]:  # a resumed start has logged some steps anew
+            newest[name] = _place(event)
             unsent.append((name, _numbers({k: v for k, v in event.items() if k != "time"})))
     return unsent
 

@@ -188,6 +188,12 @@ def test_history_tells_lost_steps_and_endings(tmp_path: Path) -> None:
     assert (second.ending, second.lost_steps, third.ending) == ("preempted", 0, "killed")
 
 
+def test_a_larger_batch_with_fewer_steps_has_lost_none(tmp_path: Path) -> None:
+    larger = started(6) | {"resumed_from": "step_00000012.pt"}
+    history(tmp_path, started(0), {"event": "train", "step": 13}, larger)
+    assert [s.lost_steps for s in starts(tmp_path)] == [1, 0]
+
+
 def test_only_faults_at_the_same_step_count_against_the_restart_budget(tmp_path: Path) -> None:
     preempted = {"event": "stop", "step": 20, "status": "preempted"}
     history(tmp_path, started(0), started(20), failed(25), started(20), preempted, started(20))
@@ -229,3 +235,14 @@ def test_the_best_that_is_shown_is_the_one_whose_checkpoint_is_kept(tmp_path: Pa
     ]
     history(tmp_path, started(0), *evaluations)
     assert inspect(tmp_path)["best"] == {"step": 30, "epoch": 1, "top1": 35.0}
+
+
+@pytest.mark.parametrize("content", ["", "model: [b", "7"])
+def test_records_that_cannot_be_read_are_named(content: str, tmp_path: Path) -> None:
+    run_dir = RunDirectory(tmp_path)
+    run_dir.config_file.write_text(content)
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(ValueError, match="config.yaml cannot be read"):
+        run_dir.stored_config()
+    with pytest.raises(ValueError, match="data.json cannot be read"):
+        run_dir.check_data({"samples": 1}, ())

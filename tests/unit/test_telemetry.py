@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,13 @@ sink.close()
     assert (process.returncode, errors) == (0, b"")
 
 
+def test_a_letter_that_the_terminal_does_not_know_does_not_end_the_training() -> None:
+    program = 'from mambavision.telemetry.console import ConsoleSink; ConsoleSink().log("notice", {"message": "größe"})'
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"note      gr\\xf6\\xdfe\n"), done.stderr
+
+
 def test_the_bar_shows_step_and_remaining_time_on_a_terminal_of_80_columns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -145,18 +153,22 @@ def _resume_offline(directory: Path, history: list[dict], monkeypatch: pytest.Mo
     fake = SimpleNamespace(init=lambda **settings: run, Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     sink = WandbSink(LoggerConfig(wandb="offline"), directory, "run", {}, history, warn=pytest.fail)
-    sink.log("train", {"step": 4, "train/loss": 4.0})
-    sink.log("train", {"step": 8, "train/loss": 8.0})
+    for step in (4, 8):
+        sink.log("train", {"step": step, "samples_seen": 10 * step, "train/loss": float(step)})
     sink.close()
     return run
 
 
 def _train(*steps: int) -> list[dict]:
-    return [{"event": "train", "time": 1.0, "step": step, "train/loss": float(step)} for step in steps]
+    return [{**_at(step), "event": "train", "time": 1.0, "train/loss": float(step)} for step in steps]
 
 
-_STOPPED = [*_train(1, 2), {"event": "eval", "step": 2, "eval/top1": 50.0}, {"event": "stop", "status": "preempted"}]
-_KILLED = [*_train(2, 3, 4), {"event": "eval", "step": 4, "eval/top1": 40.0}, *_train(3, 4, 5)]
+def _at(step: int) -> dict:
+    return {"step": step, "samples_seen": 10 * step}
+
+
+_STOPPED = [*_train(1, 2), {"event": "eval", **_at(2), "eval/top1": 50.0}, {"event": "stop", "status": "preempted"}]
+_KILLED = [*_train(2, 3, 4), {"event": "eval", **_at(4), "eval/top1": 40.0}, *_train(3, 4, 5)]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +188,13 @@ def test_what_a_kill_took_from_an_offline_wandb_is_sent_by_the_next_start(
     run = _resume_offline(tmp_path, history, monkeypatch)
     assert [values["step"] for values in run.logged] == sent
     assert all("time" not in values for values in run.logged)
+
+
+def test_wandb_gets_the_steps_of_a_larger_batch_though_they_have_lower_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [{"event": "train", "step": step, "samples_seen": step, "train/loss": 1.0} for step in (10, 20, 30)]
+    assert [v["step"] for v in _resume_offline(tmp_path, before, monkeypatch).logged] == [4, 8]
 
 
 def test_an_offline_summary_keeps_the_best_of_earlier_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
