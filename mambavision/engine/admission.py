@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from mambavision import distributed
 from mambavision.config import TrainConfig
@@ -16,6 +17,8 @@ from mambavision.run_history import starts
 from mambavision.run_lock import RunLock
 from mambavision.telemetry.sinks import Telemetry
 
+T = TypeVar("T")
+
 
 @contextlib.contextmanager
 def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World, stop: StopNotice) -> Iterator[RunLock]:
@@ -24,22 +27,31 @@ def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World, stop: StopNoti
 
     def acquire() -> None:
         run_dir.create()
-        try:
-            taken_from = lock.acquire()
-        except OSError as error:
-            raise ValueError(
-                f"cannot write {lock.path}: {error.strerror}; free space or give another output_dir=DIR"
-            ) from error
-        if taken_from is not None:
+        if (taken_from := lock.acquire()) is not None:
             print(f"note      the lock of a dead training is taken over ({taken_from})", flush=True)
 
-    distributed.on_main(world, acquire)
+    on_main(world, run_dir, acquire)
     try:
         with lock.heartbeat(stop.give) if world.is_main else contextlib.nullcontext():
             yield lock
     finally:
         with contextlib.suppress(OSError):  # what stays is recognised as a dead process's
             lock.release()
+
+
+def on_main(world: World, run_dir: RunDirectory, work: Callable[[], T]) -> T:
+    """`distributed.on_main` for work in the run directory: a full or forbidden disk is the user's to mend, on all ranks."""
+
+    def advised() -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise ValueError(
+                f"cannot use {error.filename or run_dir.path}: {error.strerror}; free space, mend its permissions, or give "
+                "another output_dir=DIR"
+            ) from error
+
+    return distributed.on_main(world, advised)
 
 
 @contextlib.contextmanager
@@ -51,7 +63,8 @@ def failures_in_status(run_dir: RunDirectory, world: World, lock: RunLock) -> It
         before = run_dir.status() or {}
         if world.is_main and lock.held and before.get("status") not in ("finished", "failed"):
             cause = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            run_dir.write_status("failed", step=before.get("step", 0), cause=cause, **refusal(error))
+            with contextlib.suppress(OSError):  # the disk may be what the error is about
+                run_dir.write_status("failed", step=before.get("step", 0), cause=cause, **refusal(error))
         raise
 
 

@@ -22,7 +22,7 @@ from mambavision.config import TrainConfig
 from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
 from mambavision.engine import checkpoint
-from mambavision.engine.admission import check_before_start, failures_in_status, locked, log_changes, refusal
+from mambavision.engine.admission import check_before_start, failures_in_status, locked, log_changes, on_main, refusal
 from mambavision.engine.allocator import keep_freed_memory
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.failure import first_cause, leave_note
@@ -67,7 +67,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
         stop = parts.enter_context(StopNotice(world, run_dir.stop_file))
         lock = parts.enter_context(locked(run_dir, cfg, world, stop))
         parts.enter_context(failures_in_status(run_dir, world, lock))
-        distributed.on_main(world, lambda: check_before_start(run_dir, cfg, stop))
+        on_main(world, run_dir, lambda: check_before_start(run_dir, cfg, stop))
 
         telemetry = build_telemetry(cfg, run_dir, world)
         parts.enter_context(LogForwarder(telemetry))
@@ -83,7 +83,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
                 f"model.num_classes={num_classes}, but the data set has {train_loader.num_classes} classes; leave "
                 "model.num_classes out"
             )
-        distributed.on_main(world, lambda: run_dir.check_data(describe_data(train_loader), cfg.resume.allow))
+        on_main(world, run_dir, lambda: run_dir.check_data(describe_data(train_loader), cfg.resume.allow))
 
         trainer = Trainer(
             cfg,
@@ -175,12 +175,18 @@ def build_model(cfg: TrainConfig, num_classes: int, world: World) -> nn.Module:
     ).to(world.device)
     if cfg.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if cfg.trainer.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
-    elif world.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+    choose_kernels(cfg.trainer.deterministic)
     return model
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """For CUDA: those that repeat every bit, or those that are fastest. An earlier point of a sweep may have chosen others."""
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # without it cuBLAS may add in another order each time
 
 
 def build_telemetry(cfg: TrainConfig, run_dir: RunDirectory, world: World) -> Telemetry:
@@ -209,7 +215,7 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
         except checkpoint.CheckpointError as problem:
             raise ValueError(str(problem)) from problem
 
-    path, refused = distributed.on_main(world, choose)
+    path, refused = on_main(world, run_dir, choose)
     for damaged in refused:
         trainer.telemetry.log("warning", message=f"{damaged.path.name} is passed over: {damaged.reason}")
     earlier: dict[str, Any] = {}
@@ -224,22 +230,21 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
         counted = starts_without_progress(run_dir.path, step)
         if len(counted) >= cfg.max_restarts_without_progress:
             raise ValueError(no_progress_message(counted, step, trainer.train_loader.steps_per_epoch))
-        log_changes(run_dir, cfg, world, trainer.progress.step, trainer.telemetry)
+        log_changes(run_dir, cfg, world, step, trainer.telemetry)
         for change in provenance.differences(earlier, trainer.provenance) if earlier else []:
             trainer.telemetry.log("notice", message=f"changed since the checkpoint: {change}")
         checkpoint.set_aside(refused)
         run_dir.write_config(cfg)
+        run_dir.write_status("running", step=step)
         if path is not None:
             trainer.checkpointer.on_disk_step = trainer.progress.step
 
-    distributed.on_main(world, accept)
+    on_main(world, run_dir, accept)
     return None if path is None else path.name
 
 
 def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed_from: str | None) -> None:
     cfg, world = trainer.cfg, trainer.world
-    if world.is_main:
-        run_dir.write_status("running", step=trainer.progress.step)
     trainer.telemetry.log(
         "start",
         hosts=sorted(set(trainer.meters.hosts)),
