@@ -122,12 +122,13 @@ class RunDirectory:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "writable", "")
-            (self.path / "writable").unlink()
+            for directory in (self.path, self.checkpoints):  # not found out after the first minutes of training
+                write_atomically(directory / "writable", "")
+                (directory / "writable").unlink()
         except OSError as error:
             raise ValueError(
-                f"cannot write the run directory {self.path}: {error.strerror}; give another with output_dir=DIR "
-                "or run_name=NAME"
+                f"cannot write the run directory {self.path}: {error.strerror} ({error.filename or self.path}); give another "
+                "with output_dir=DIR or run_name=NAME"
             ) from error
 
     def write_config(self, cfg: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from mambavision.distributed import World, agree
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _IMPATIENT = 3  # so many Ctrl-C end the process at once
+_HEARD = b"\nstopping: the run ends at the next step, saved; two more Ctrl-C end it at once, unsaved\n"
 _HEEDED_WITHIN = (
     5.0  # seconds: launchers kill 30 s (torchrun, Kubernetes) after their notice, and saving takes some too
 )
@@ -57,6 +58,9 @@ class StopNotice:
             self.interrupts += 1
             if self.interrupts >= _IMPATIENT:
                 raise KeyboardInterrupt
+            if self.interrupts == 1 and self.world.is_main:
+                with contextlib.suppress(OSError):  # not print: what has been interrupted may be printing
+                    os.write(2, _HEARD)
 
     def give(self, cause: str) -> None:
         """A notice that is no signal."""

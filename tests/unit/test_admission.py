@@ -26,6 +26,13 @@ def test_a_full_disk_at_the_start_is_advice_and_not_a_traceback(tmp_path: Path) 
         on_main(WORLD, RunDirectory(tmp_path), full_disk)
 
 
+def test_checkpoints_that_cannot_be_written_are_found_before_the_training(tmp_path: Path) -> None:
+    """A colleague's directory below a shared one, for instance."""
+    (tmp_path / "checkpoints" / "writable").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"cannot write the run directory .*: Is a directory \(.*checkpoints"):
+        RunDirectory(tmp_path).create()
+
+
 def test_a_status_that_cannot_be_written_does_not_hide_why_the_start_failed(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, 10)
     lock.acquire()

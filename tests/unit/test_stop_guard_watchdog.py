@@ -34,6 +34,16 @@ def observe(guard: Guard, first: int, norms: list[torch.Tensor]) -> None:
         guard.observe(step, norm, norm)
 
 
+def test_ctrl_c_is_answered_and_the_third_ends_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    with StopNotice(WORLD, tmp_path / "STOP") as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed() is Decision.STOP
+        assert capfd.readouterr().err.count("the run ends at the next step, saved") == 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_refusals_in_a_row_are_counted_across_readings() -> None:
     watched = guard(max_skipped_steps=4)
     observe(watched, 0, [FINE, NAN, FINE, NAN, NAN])
