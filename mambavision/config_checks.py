@@ -151,7 +151,7 @@ def check_combinations(cfg: TrainConfig) -> None:
         raise ConfigError(
             "trainer.mesa distils from the EMA model, which trainer.ema_decay=0 turns off; set trainer.ema_decay=0.9998"
         )
-    if cfg.schedule.warmup_epochs > t.epochs:
+    if cfg.schedule.warmup_epochs > t.epochs and not cfg.schedule.warmup_prefix:
         raise ConfigError(
             f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} is longer than trainer.epochs={t.epochs}: no step would reach "
             f"optimizer.lr; type for instance schedule.warmup_epochs={max(t.epochs // 10, 0)}"

@@ -79,11 +79,12 @@ def _start_record(start: Start) -> dict[str, Any]:
 
 def _best(history: list[Start]) -> dict[str, Any] | None:
     """By the score that decides which checkpoint is kept as the best: the moving average's, where there is one."""
+    evaluations = {
+        e["step"]: e for s in history for e in s.events if e["event"] == "eval"
+    }  # of one done twice, the later
     scores = [
         {"step": e["step"], "epoch": e["epoch"], "top1": e.get("eval/ema_top1", e["eval/top1"])}
-        for s in history
-        for e in s.events
-        if e["event"] == "eval"
+        for e in evaluations.values()
     ]
     return max(scores, key=lambda s: (s["top1"], s["step"]), default=None)
 

@@ -59,6 +59,11 @@ def test_slip_is_answered_with_what_to_type(overrides: list[str], advice: str):
     assert advice in str(error.value)
 
 
+def test_a_warm_up_that_precedes_the_epochs_may_be_longer_than_they_are():
+    cfg = compose_train_config([*SYNTHETIC, "trainer.epochs=5", "schedule.warmup_prefix=true"])
+    assert cfg.schedule.warmup_epochs == 20
+
+
 def test_unknown_key_in_a_config_file_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"'optimizer\.lrr'; did you mean optimizer\.lr"):
         to_config(TrainConfig, {"optimizer": {"lrr": 0.1}})

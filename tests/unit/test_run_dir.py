@@ -228,7 +228,7 @@ def test_a_launch_that_was_refused_changes_nothing_about_the_start_before(tmp_pa
 
 
 def test_the_best_that_is_shown_is_the_one_whose_checkpoint_is_kept(tmp_path: Path) -> None:
-    scores = [(15, 0, 40.0, 30.0), (30, 1, 10.0, 35.0), (45, 2, 39.0, 34.0)]
+    scores = [(15, 0, 40.0, 60.0), (15, 0, 40.0, 30.0), (30, 1, 10.0, 35.0), (45, 2, 39.0, 34.0)]  # 15 is done again
     evaluations = [
         {"event": "eval", "step": step, "epoch": epoch, "eval/top1": raw, "eval/ema_top1": ema}
         for step, epoch, raw, ema in scores
