@@ -1,4 +1,4 @@
-"""From a uint8 batch to what the model is trained on: normalise, random erasing, mixup or CutMix, soft targets.
+"""From a uint8 batch to what the model is trained on: normalise, mixup or CutMix, random erasing, soft targets.
 
 Runs on the device that holds the batch, after the copy, and never waits for it. Random choices are keyed: the erased
 rectangle by (seed, epoch, sample), its noise and the mixing by (seed, step, micro-batch). Rectangles and mixing are
@@ -49,13 +49,6 @@ class BatchTransform:
         augment = self.augment
         key = keyed_random.step_key(self.seed, step, micro_index)
         images = self.evaluate(batch.images)
-        if augment.erasing_prob > 0.0:
-            generator = torch.Generator(device=images.device)
-            generator.manual_seed(Draws(key, keyed_random.ERASING_NOISE).bits(0) >> 1)
-            rectangles = erasing_rectangles(
-                batch.indices, self.seed, epoch, augment.erasing_prob, images.shape[2], images.shape[3]
-            )
-            images = erase(images, rectangles, generator)
         mixing = not augment.mixup_off_epoch or epoch < augment.mixup_off_epoch
         parameters = draw_mix(
             key,
@@ -65,8 +58,18 @@ class BatchTransform:
             height=images.shape[2],
             width=images.shape[3],
         )
+        images = mix_images(images, parameters)
+        if augment.erasing_prob > 0.0:
+            # After the mixing, as in timm's prefetching loader, with which the models were published: a quarter of the
+            # mixed images has a rectangle of full noise, instead of nearly half of them one of noise blended in.
+            generator = torch.Generator(device=images.device)
+            generator.manual_seed(Draws(key, keyed_random.ERASING_NOISE).bits(0) >> 1)
+            rectangles = erasing_rectangles(
+                batch.indices, self.seed, epoch, augment.erasing_prob, images.shape[2], images.shape[3]
+            )
+            images = erase(images, rectangles, generator)
         targets = soft_targets(batch.targets, self.num_classes, augment.label_smoothing, parameters)
-        return mix_images(images, parameters), targets
+        return images, targets
 
     def evaluate(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) -> normalised float32 in channels_last, nothing random."""

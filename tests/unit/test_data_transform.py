@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from timm.data.mixup import Mixup, mixup_target
+from timm.data.mixup import FastCollateMixup, Mixup, mixup_target
 
 from data import keyed_random
 from data.batch import Batch
 from data.batch_transform import ERASING_LOG_RATIO, BatchTransform, erase, erasing_rectangles, inside
 from data.keyed_random import Draws
-from data.mixup import draw_mix, mix_images, soft_targets
+from data.mixup import MixParameters, draw_mix, mix_images, soft_targets
 from data.native_library import NativeUnavailable, load_library, loaded_library
 from mambavision.config import AugmentConfig
 
@@ -120,6 +120,33 @@ def test_mixing_equals_timms_with_the_same_parameters(kind, monkeypatch):
     torch.testing.assert_close(mix_images(images.clone(), parameters), expected_images, rtol=0, atol=0)
     torch.testing.assert_close(soft_targets(targets, 5, 0.1, parameters), expected_targets)
     torch.testing.assert_close(soft_targets(targets, 5, 0.1, parameters), mixup_target(targets, 5, parameters.lam, 0.1))
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_erasing_comes_after_mixing_as_in_timms_prefetching_loader(kind, monkeypatch):
+    """It collates mixed uint8 images, then normalises, then erases: noise is never mixed, nor covered by a CutMix box."""
+    step = next(s for s in range(100) if (drawn(s).box is not None) == (kind == "cutmix"))
+    parameters = drawn(step)
+    theirs = FastCollateMixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=5)
+    monkeypatch.setattr(theirs, "_params_per_batch", lambda: (parameters.lam, kind == "cutmix"))
+    yl, yh, xl, xh = parameters.box or (0, 0, 0, 0)
+    monkeypatch.setattr("timm.data.mixup.cutmix_bbox_and_lam", lambda *_, **__: ((yl, yh, xl, xh), parameters.lam))
+    given = batch()
+    mixed, targets = theirs([(image.numpy(), int(target)) for image, target in zip(given.images, given.targets)])
+    expected = mixed.float().sub_(255 * torch.tensor(MEAN).view(3, 1, 1)).div_(255 * torch.tensor(STD).view(3, 1, 1))
+    rectangles = erasing_rectangles(given.indices, 3, 0, 1.0, 24, 24)
+    noise = torch.Generator().manual_seed(
+        Draws(keyed_random.step_key(3, step, 0), keyed_random.ERASING_NOISE).bits(0) >> 1
+    )
+    images, our_targets = transform(erasing_prob=1.0)(given, 0, step, 0)
+    # They round mixed pixels to whole grey levels, which is half a level at most.
+    torch.testing.assert_close(images, erase(expected, rectangles, noise), rtol=0, atol=0.51 / 255 / min(STD))
+    torch.testing.assert_close(our_targets, targets)
+
+
+def drawn(step: int) -> MixParameters:
+    """What the transform of these tests draws for the first micro-batch of a step."""
+    return draw_mix(keyed_random.step_key(3, step, 0), mixup=0.8, cutmix=1.0, switch_prob=0.5, height=24, width=24)
 
 
 def test_lambda_of_cutmix_is_the_share_kept():
