@@ -29,7 +29,7 @@ from data import keyed_random
 from data.beton import JPG, MAX_SIDE, MIN_PAGE_SIZE, RAW, BetonWriter, EncodedImage, open_beton, remove_leftovers
 from data.datasets import Source
 from data.manifest import Manifest, manifest_path, verify, write_manifest
-from data.pixels import UNREADABLE, read_whole
+from data.pixels import UNREADABLE, read_whole, why_unreadable
 
 WRITE_MODES = ("smart", "jpg", "raw", "proportion", "original")
 SMART_RAW_BYTES = 64 * 1024  # smart: an image of at most so many bytes is stored uncompressed (147 px square)
@@ -281,5 +281,5 @@ def _encode_chunk(indices: range) -> list[EncodedImage | Unreadable]:
         try:
             images.append(encode(source.read(index), settings, index))
         except UNREADABLE as error:
-            images.append(Unreadable(f"{type(error).__name__}: {error}"))
+            images.append(Unreadable(why_unreadable(error)))
     return images

@@ -6,6 +6,12 @@ import logging
 
 logger = logging.getLogger(__name__)
 
+ALWAYS_PASSED_OVER = 3  # images an epoch and rank: of a small set, any share worth its name is less than one image
+
+
+class UnreadableImages(ValueError):
+    """One image too many cannot be read; the message names it and says what can be done."""
+
 
 class CorruptImages:
     """The tally of one rank. `found` maps an unreadable image's name to the reason, `count` counts failed reads."""
@@ -26,19 +32,22 @@ class CorruptImages:
         self._epoch_samples = samples
 
     def report(self, name: str, reason: str, consequence: str) -> None:
-        """Raises RuntimeError where the policy or the budget says so."""
+        """Raises UnreadableImages where the policy or the budget says so."""
         self.count += 1
         if self.policy == "stop":
-            raise RuntimeError(
+            raise UnreadableImages(
                 f"image {name} cannot be read: {reason}; repair it, or pass over it with data.corrupt_images=skip"
             )
         if name not in self.found:
             logger.warning("image %s cannot be read (%s); %s", name, reason, consequence)
             self.found[name] = reason
         self._in_epoch.add(name)
-        if len(self._in_epoch) > self.max_fraction * self._epoch_samples:
-            raise RuntimeError(
-                f"{len(self._in_epoch)} of this epoch's {self._epoch_samples} images cannot be read, more than "
-                f"data.max_corrupt_fraction={self.max_fraction} allows; the last: {name}: {reason}. "
-                "Look at the data with scripts/check_data.py, or raise data.max_corrupt_fraction"
+        unreadable, samples = len(self._in_epoch), self._epoch_samples
+        few = ALWAYS_PASSED_OVER if self.max_fraction > 0.0 else 0
+        if unreadable > max(few, self.max_fraction * samples) or unreadable >= samples:
+            raise UnreadableImages(
+                f"{unreadable} of this epoch's {samples} images cannot be read, more than "
+                f"data.max_corrupt_fraction={self.max_fraction} and the {few} that are passed over in any case allow; "
+                f"the last: {name}: {reason}. Look at the data with scripts/check_data.py, or raise "
+                "data.max_corrupt_fraction"
             )

@@ -27,7 +27,7 @@ from data.manifest import read_names, verify
 from data.native_decoder import KeyedDecoder
 from data.native_library import NativeUnavailable
 from data.order import EpochPlan, eval_indices, resolution_at
-from data.pixels import UNREADABLE, EvalPlan, center_cropped, read_image
+from data.pixels import UNREADABLE, EvalPlan, center_cropped, read_image, why_unreadable
 from mambavision.config import AugmentConfig, DataConfig
 
 logger = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ class FfcvEvalLoader(EvalLoader):
             else:
                 image = read_image(stored.data)
         except UNREADABLE as error:
-            return f"{type(error).__name__}: {error}"
+            return why_unreadable(error)
         return center_cropped(image, self.plan)
 
     def _left_out(self, index: int, reason: str) -> None:

@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from data import keyed_random
 from data.augment import AugmentPlan
 from data.batch import Batch, EvalLoader, TrainLoader, workers_per_rank
-from data.corrupt import CorruptImages
+from data.corrupt import CorruptImages, UnreadableImages
 from data.datasets import FolderSource, find_split, list_folder
 from data.order import EpochPlan, eval_indices, resolution_at
-from data.pixels import UNREADABLE, EvalPlan, augmented, center_cropped, read_whole
+from data.pixels import UNREADABLE, EvalPlan, augmented, center_cropped, read_whole, why_unreadable
 from data.stall import StallWatch
 from mambavision.config import AugmentConfig, DataConfig
 
@@ -80,7 +80,7 @@ class TrainImages(Dataset):
             try:
                 content, _ = read_whole(self.source.read(image))
             except UNREADABLE as error:
-                failures.append((image, f"{type(error).__name__}: {error}"))
+                failures.append((image, why_unreadable(error)))
                 continue
             pixels = augmented(content, key, self.plans[task.image_size])
             return Made(pixels, int(self.source.labels[image]), task.sample, tuple(failures))
@@ -101,7 +101,7 @@ class EvalImages(Dataset):
         try:
             content, _ = read_whole(self.source.read(task.sample))
         except UNREADABLE as error:
-            return Made(None, -1, task.sample, ((task.sample, f"{type(error).__name__}: {error}"),))
+            return Made(None, -1, task.sample, ((task.sample, why_unreadable(error)),))
         return Made(center_cropped(content, self.plan), int(self.source.labels[task.sample]), task.sample, ())
 
 
@@ -240,7 +240,7 @@ class FolderTrainLoader(TrainLoader):
         )
         for made in made_batches:
             if len(made.targets) < self.plan.micro_batch_size:
-                raise RuntimeError(f"no image of {self.workers.source.root} can be read")
+                raise UnreadableImages(f"no image of {self.workers.source.root} can be read")
             yield Batch(made.images.permute(0, 3, 1, 2), made.targets, made.samples)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
 
 from data.augment import BICUBIC, BILINEAR, NEAREST, AugmentPlan, Operation
 from data.jpeg_check import jpeg_damage
@@ -25,12 +25,21 @@ RESAMPLE = {
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 
 
+class NotWhole(ValueError):
+    """Bytes that are no image, or a damaged one."""
+
+
+def why_unreadable(error: BaseException) -> str:
+    """One of UNREADABLE in words, the same in every process."""
+    return str(error) if isinstance(error, NotWhole) else f"{type(error).__name__}: {error}"
+
+
 def read_image(source: str | bytes) -> Image.Image:
     """An RGB image from a path or from encoded bytes. Raises one of UNREADABLE.
 
     As in torchvision and timm an EXIF orientation is ignored and transparency dropped; 16-bit images are scaled to 8.
     """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with opened(source) if isinstance(source, bytes) else Image.open(source) as image:
         return _to_rgb(image)
 
 
@@ -40,9 +49,19 @@ def read_whole(content: bytes) -> tuple[Image.Image, bool]:
     Raises one of UNREADABLE. Without the native library (data.jpeg_check) damage passes, as it does with Pillow alone.
     """
     if damage := jpeg_damage(content):
-        raise ValueError(damage)
-    with Image.open(io.BytesIO(content)) as image:
+        raise NotWhole(damage)
+    with opened(content) as image:
         return _to_rgb(image), image.format == "JPEG" and image.mode in ("L", "RGB")
+
+
+def opened(content: bytes) -> Image.Image:
+    """Image.open, whose own message for bytes of no known format is the address of a buffer."""
+    if not content:
+        raise NotWhole("the file is empty (0 bytes)")
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        raise NotWhole(f"not an image of a known format: it begins with {content[:16]!r}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -33,7 +32,7 @@ from data.beton import RAW, EncodedImage, open_beton
 from data.folder import split_source
 from data.jpeg_check import jpeg_damage
 from data.manifest import read_names, verify
-from data.pixels import UNREADABLE, read_image
+from data.pixels import UNREADABLE, opened, read_image, why_unreadable
 from mambavision.config import DataConfig
 
 ORIENTATION_TAG = 0x0112
@@ -155,7 +154,7 @@ def look_at_all(read: Callable, count: int, threads: int, title: str, shown: set
         try:
             content = read(index)
         except OSError as error:
-            return Looked(digest=b"", num_bytes=0, error=f"{type(error).__name__}: {error}")
+            return Looked(digest=b"", num_bytes=0, error=why_unreadable(error))
         found, image = look_at(content)
         found.thumbnail = image if index in shown else None
         return found
@@ -183,12 +182,12 @@ def look_at(content: EncodedImage | bytes) -> tuple[Looked, Image.Image | None]:
             image = Image.frombytes("RGB", (content.width, content.height), data)
         else:
             image = read_image(data)
-            with Image.open(io.BytesIO(data)) as header:
+            with opened(data) as header:
                 found.rotated = header.getexif().get(ORIENTATION_TAG, 1) != 1
             if damage := jpeg_damage(data):
                 found.error = damage
     except UNREADABLE as error:
-        found.error = f"{type(error).__name__}: {error}"
+        found.error = why_unreadable(error)
         return found, None
     if isinstance(content, EncodedImage) and image.size != (content.width, content.height):
         found.error = f"is {image.width}x{image.height} px, the file says {content.width}x{content.height}"

@@ -113,19 +113,23 @@ def test_a_corrupt_image_is_replaced_alike_on_every_resume_and_named(train: Trai
 
 
 @pytest.mark.parametrize(
-    ("setting", "advice"),
+    ("setting", "broken", "advice"),
     [
-        ("data.corrupt_images=stop", "data.corrupt_images=skip"),
-        ("data.max_corrupt_fraction=0.001", "scripts/check_data.py"),
+        ("data.corrupt_images=stop", (11,), "data.corrupt_images=skip"),
+        ("data.max_corrupt_fraction=0.001", (11, 12, 13, 14), "scripts/check_data.py"),
     ],
 )
 def test_corrupt_images_beyond_the_budget_end_the_run_with_the_name(
-    train: Trainer, images: Path, setting: str, advice: str
+    train: Trainer, images: Path, setting: str, broken: tuple[int, ...], advice: str
 ) -> None:
-    broken = images / "train/class1/011.jpg"
-    broken.write_bytes(b"")
+    names = [f"train/class1/{number:03d}.jpg" for number in broken]
+    for name in names:
+        (images / name).write_bytes(b"")
     training = train.run("run", *FOLDER, f"data.path={images}", setting, ranks=1)
-    assert training.code == 1
+    assert training.code == 2
     assert training.status["status"] == "failed"
-    assert "011.jpg" in training.status["cause"]
+    assert training.status["refused"], "starting again would end alike"
+    assert any(name in training.status["cause"] for name in names)
+    assert "the file is empty (0 bytes)" in training.status["cause"]
     assert advice in training.status["cause"]
+    assert "Traceback" not in training.output
