@@ -35,6 +35,7 @@ class TrainLoader(Protocol):
 
     num_samples: int
     num_classes: int
+    class_names: list[str] | None = None  # in the order of their numbers; None where they have none
     steps_per_epoch: int
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]: ...
@@ -47,6 +48,7 @@ class EvalLoader(Protocol):
 
     num_samples: int
     num_classes: int
+    class_names: list[str] | None = None
     eval_set: EvalSet | None = None  # how answers are counted where it is not by the target (data.variants)
 
     def __iter__(self) -> Iterator[Batch]: ...

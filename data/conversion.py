@@ -27,6 +27,7 @@ from PIL import Image
 
 from data import keyed_random
 from data.beton import JPG, MAX_SIDE, MIN_PAGE_SIZE, RAW, BetonWriter, EncodedImage, open_beton, remove_leftovers
+from data.class_names import first_difference
 from data.datasets import Source
 from data.manifest import Manifest, manifest_path, verify, write_manifest
 from data.pixels import UNREADABLE, read_whole, why_unreadable
@@ -127,6 +128,13 @@ def changed_settings(manifest: Manifest, settings: WriteSettings) -> list[str]:
     now = dataclasses.asdict(settings)
     before = {name: manifest.settings.get(name) for name in now}
     return [f"{name} {before[name]}, not {now[name]}" for name in now if before[name] != now[name]]
+
+
+def changed_source(manifest: Manifest, source: Source) -> list[str]:
+    """What the source has become since the file was written: other classes, another number of images."""
+    difference = first_difference(manifest.classes, source.classes)
+    before, now = manifest.num_samples + len(manifest.unreadable), len(source.names)
+    return [difference] * bool(difference) + [f"{before} images, which are {now} now"] * (before != now)
 
 
 def write_beton(

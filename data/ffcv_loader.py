@@ -21,9 +21,10 @@ from PIL import Image
 from data.augment import AugmentPlan
 from data.batch import Batch, EvalLoader, TrainLoader, workers_per_rank
 from data.beton import RAW, Beton, open_beton
+from data.class_names import class_names
 from data.corrupt import CorruptImages
 from data.ffcv_ops import GivenOrder, GuardedIterator, StockAugment, image_pipeline, image_tensor
-from data.manifest import read_names, verify
+from data.manifest import check_numbering, read_names, verify
 from data.native_decoder import KeyedDecoder
 from data.native_library import NativeUnavailable
 from data.order import EpochPlan, eval_indices, resolution_at
@@ -45,6 +46,7 @@ class BetonFile:
         self.path = directory / f"{split}.beton"
         self.beton: Beton = open_beton(self.path)
         self.manifest = verify(self.beton, checksum=data.verify_checksum)
+        check_numbering(self.path, self.manifest)
         self.classes = self.manifest.classes
         self.fingerprint = f"{self.beton.index_hash}-{self.manifest.data_hash}"
         if data.num_classes is not None and data.num_classes != len(self.classes):
@@ -96,6 +98,7 @@ class FfcvTrainLoader(TrainLoader):
         self.plan = EpochPlan(len(self.file.beton), **batches)
         self.num_samples = self.plan.num_samples
         self.num_classes = len(self.file.classes)
+        self.class_names = class_names(self.file.classes)
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.fingerprint = self.file.fingerprint
         self.corrupt = CorruptImages(data.corrupt_images, data.max_corrupt_fraction)
@@ -192,6 +195,7 @@ class FfcvEvalLoader(EvalLoader):
         self.rank = rank
         self.num_samples = len(self.file.beton)
         self.num_classes = len(self.file.classes)
+        self.class_names = class_names(self.file.classes)
         self.fingerprint = self.file.fingerprint
         self.indices = eval_indices(self.num_samples, rank, world_size)
         self.corrupt = CorruptImages(data.corrupt_images, data.max_corrupt_fraction)

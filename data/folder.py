@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from data import keyed_random
 from data.augment import AugmentPlan
 from data.batch import Batch, EvalLoader, TrainLoader, workers_per_rank
+from data.class_names import class_names
 from data.corrupt import CorruptImages, UnreadableImages
 from data.datasets import FolderSource, find_split, list_folder
 from data.order import EpochPlan, eval_indices, resolution_at
@@ -221,6 +222,7 @@ class FolderTrainLoader(TrainLoader):
         self.plan = EpochPlan(len(source.names), **batches)
         self.num_samples = self.plan.num_samples
         self.num_classes = len(source.classes)
+        self.class_names = class_names(source.classes)
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.fingerprint = _fingerprint(source)
         self.corrupt = CorruptImages(data.corrupt_images, data.max_corrupt_fraction)
@@ -255,6 +257,7 @@ class FolderEvalLoader(EvalLoader):
         self.batch_size = batch_size
         self.num_samples = len(source.names)
         self.num_classes = len(source.classes)
+        self.class_names = class_names(source.classes)
         self.fingerprint = _fingerprint(source)
         self.indices = eval_indices(self.num_samples, rank, world_size)
         self.corrupt = CorruptImages(data.corrupt_images, data.max_corrupt_fraction)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.beton import Beton, partial_path
+from data.class_names import first_difference
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -101,6 +102,16 @@ def verify(beton: Beton, *, checksum: bool = False) -> Manifest:
             f"{beton.path} {problem}; copy it again, or write it again with scripts/prepare_data.py --force"
         )
     return manifest
+
+
+def check_numbering(beton: Path, manifest: Manifest) -> None:
+    """Compare the classes with those of the training file beside it. Raises ValueError where they are others."""
+    training = read_manifest(beton.with_name("train.beton"))
+    if training is not None and (difference := first_difference(training.classes, manifest.classes)):
+        raise ValueError(
+            f"{beton} numbers its classes otherwise than train.beton beside it ({difference}); write both from one "
+            "source with scripts/prepare_data.py --force"
+        )
 
 
 def _manifest_of(beton: Beton) -> Manifest:

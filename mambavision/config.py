@@ -39,7 +39,7 @@ class DataConfig:
     decoder: str = "native"  # native (ours, exact and keyed) | stock (FFCV's own operations, not reproducible)
     os_cache: bool = True  # ffcv: let the kernel cache the file (it fits in RAM, or ranks share it)
     corrupt_images: str = "skip"  # skip: count, name, take the next sample instead | stop: end the run
-    max_corrupt_fraction: float = 0.001  # skip: more than this share of an epoch ends the run
+    max_corrupt_fraction: float = 0.001  # skip: more than this share of an epoch (and than 3) ends the run; 0: any does
     verify_checksum: bool = False  # hash the whole .beton at start and compare it with its manifest
     repeated_augmentation: int = 1  # each image this many times in an epoch, differently augmented
     progressive_resolution: tuple[int, ...] = ()  # () off; (start_px, end_px, ramp_start_epoch, ramp_end_epoch)

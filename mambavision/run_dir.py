@@ -151,7 +151,8 @@ class RunDirectory:
                     f"{file} cannot be read, so that nothing tells whether this is the run's data ({error}); remove it, or "
                     "start another run with run_name=NAME"
                 ) from error
-            table = [f"  {k}: {stored.get(k)} -> {v}" for k, v in data.items() if stored.get(k) != v]
+            # What an older start did not know (class_names) cannot differ.
+            table = [f"  {k}: {_change(stored[k], v)}" for k, v in data.items() if k in stored and stored[k] != v]
             if table:
                 raise ValueError(
                     "this run was started on other data:\n"
@@ -190,6 +191,14 @@ class RunDirectory:
             return json.loads(self.status_file.read_text())
         except (OSError, ValueError):
             return None
+
+
+def _change(before: Any, now: Any) -> str:
+    """`old -> new`; of lists, the first entry that differs."""
+    if not isinstance(before, list) or not isinstance(now, list):
+        return f"{before} -> {now}"
+    index = next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))
+    return f"number {index} was {before[index : index + 1]}, is {now[index : index + 1]}"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -31,7 +31,7 @@ from data.batch import workers_per_rank
 from data.beton import RAW, EncodedImage, open_beton
 from data.folder import split_source
 from data.jpeg_check import jpeg_damage
-from data.manifest import read_names, verify
+from data.manifest import check_numbering, read_names, verify
 from data.pixels import UNREADABLE, opened, read_image, why_unreadable
 from mambavision.config import DataConfig
 
@@ -138,7 +138,7 @@ def check_split(root: Path, split: str, args: argparse.Namespace) -> Report:
     report = Report(split, source, len(names), len(classes))
     if beton_path.exists():
         try:
-            verify(beton, checksum=True)
+            check_numbering(beton_path, verify(beton, checksum=True))
         except ValueError as error:
             report.problems.append(str(error))
     shown = on_contact_sheet(labels) if args.contact_sheet else {}

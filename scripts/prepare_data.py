@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.batch import workers_per_rank
-from data.conversion import WRITE_MODES, WriteSettings, already_written, changed_settings, write_beton
+from data.conversion import WRITE_MODES, WriteSettings, already_written, changed_settings, changed_source, write_beton
 from data.datasets import (
     FASHION_FILES,
     Source,
@@ -34,6 +34,7 @@ from data.datasets import (
     imagenet_val_labels,
     list_folder,
 )
+from data.manifest import read_manifest
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 console = Console(highlight=False)
@@ -94,7 +95,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def write(source: Source, path: Path, settings: WriteSettings, args: argparse.Namespace) -> None:
     if not args.force and (manifest := already_written(path, source)):
         console.print(f"{path} is already there: {manifest.num_samples} images (--force writes it again)")
-        if changed := changed_settings(manifest, settings):
+        if changed := changed_source(manifest, source) + changed_settings(manifest, settings):
             advice = "--force writes it again as asked for now"
             console.print(f"{path} was written with {'; '.join(changed)}: {advice}", style="yellow", markup=False)
         return
@@ -129,10 +130,12 @@ def imagenet_sources(args: argparse.Namespace) -> list[tuple[str, Source]]:
             "imagenet takes --train-tar, --val-tar or both; for unpacked folders use: prepare_data.py folder"
         )
     sources: list[tuple[str, Source]] = []
-    classes = None
     if args.train_tar:
         sources.append(("train", imagenet_train(args.train_tar)))
         classes = sources[0][1].classes
+    else:  # a val file written later is numbered by the train file that is there
+        training = read_manifest(Path(args.out).expanduser() / "train.beton")
+        classes = training.classes if training else None
     if args.val_tar:
         if not args.devkit:
             raise ValueError("--val-tar takes --devkit: the archive alone does not say which class an image is of")

@@ -11,9 +11,11 @@ import torch
 import data
 from data.batch import EvalLoader
 from data.batch_transform import BatchTransform
+from data.class_names import first_difference, renumbered
 from mambavision import VARIANTS, create_model, distributed
 from mambavision.compose import quoted
 from mambavision.config import AugmentConfig, EvalConfig
+from mambavision.distributed import World
 from mambavision.engine.evaluate import evaluate
 from mambavision.engine.precision import autocast_context, resolve_precision
 from mambavision.models.pretrained import find_file, find_weights, load_weights, read_checkpoint
@@ -105,7 +107,7 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
         cfg.data, batch_size=cfg.batch_size, rank=world.rank, world_size=world.world_size, split=cfg.eval_set
     )
     models = load_models(cfg, content, path, world.device)
-    check_classes(content, models, loader, cfg)
+    check_classes(content, models, loader, cfg, world)
     out = Path(cfg.out) if cfg.out else path.with_name(f"{path.name}.{cfg.eval_set}.eval.json")
     distributed.on_main(world, lambda: check_writable(out))
     transform = BatchTransform(AugmentConfig(), cfg.data.mean, cfg.data.std, loader.num_classes, seed=0)
@@ -128,8 +130,13 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
     return record
 
 
-def check_classes(content: Any, models: dict[str, torch.nn.Module], loader: EvalLoader, cfg: EvalConfig) -> None:
-    """Raises ValueError where the model was trained for another number of classes; names are not known."""
+def check_classes(
+    content: Any, models: dict[str, torch.nn.Module], loader: EvalLoader, cfg: EvalConfig, world: World
+) -> None:
+    """Raises ValueError where the model was trained for another number of classes, or for the same in another order.
+
+    Where no class of both has two numbers, differing names may be new names: that is said, and scored.
+    """
     head = next(iter(models.values())).head
     width = head.out_features if isinstance(head, torch.nn.Linear) else 0
     config = content.get("config") if isinstance(content, dict) else None
@@ -141,6 +148,14 @@ def check_classes(content: Any, models: dict[str, torch.nn.Module], loader: Eval
             f"the checkpoint's model was trained for {trained} classes, {cfg.data.path or cfg.data.source} ({cfg.eval_set}) has "
             f"{loader.num_classes}; give the data it was trained for (class folders are numbered by the train/ beside them)"
         )
+    names = config.get("class_names") if isinstance(config, dict) else None
+    if difference := first_difference(names, loader.class_names):
+        where = f"{cfg.data.path or cfg.data.source} ({cfg.eval_set})"
+        message = f"the checkpoint's model was trained on other classes than those of {where}: "
+        if renumbered(names, loader.class_names):
+            raise ValueError(f"{message}{difference}; give the data it was trained for")
+        if world.is_main:
+            print(f"warning   {message}{difference}; are these new names for the same classes?")
 
 
 def check_writable(out: Path) -> None:

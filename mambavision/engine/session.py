@@ -132,10 +132,12 @@ def build_watchdog(
 
 
 def describe_data(loader: Any) -> dict[str, Any]:
+    names = getattr(loader, "class_names", None)
     return {
         "samples": loader.num_samples,
         "classes": loader.num_classes,
         "fingerprint": getattr(loader, "fingerprint", None),
+        **({"class_names": names} if names else {}),
     }
 
 

@@ -83,7 +83,10 @@ class Trainer:
         self.lr = LearningRate(cfg.schedule, cfg.optimizer.lr, cfg.trainer.epochs, train_loader.steps_per_epoch)
         self.progress = TrainProgress()
         self.last_eval: dict[str, Any] = {}
-        self.config = plain(asdict(cfg)) | {"num_classes": train_loader.num_classes}
+        self.config = plain(asdict(cfg)) | {
+            "num_classes": train_loader.num_classes,
+            "class_names": getattr(train_loader, "class_names", None),
+        }
         self.meters = StepMeters(world.device)
         sizes = dict(num_classes=transform.num_classes, capacity=cfg.trainer.agree_every_steps)
         self.guard = Guard(cfg.guard, device=world.device, fp16=precision == "fp16", **sizes)

@@ -77,3 +77,17 @@ def test_a_run_is_not_continued_on_another_data_set(train_ffcv: Trainer, beton: 
     assert refused.code == 2
     assert "this run was started on other data" in refused.output
     assert "samples: 132 -> 130" in refused.output
+
+
+def test_a_run_is_not_continued_on_renamed_classes(train_ffcv: Trainer, beton: Path, images: Path) -> None:
+    """The files are the same to the byte: only the manifest knows."""
+    settings = (*FFCV, f"data.path={beton}")
+    assert train_ffcv.run("run", *settings, ranks=1, fault="term@3").status["step"] == 4
+    before = (beton / "train.beton").read_bytes()
+    for split in ("train", "val"):
+        (images / split / "class1").rename(images / split / "zebra")
+    write(images, beton)
+    assert (beton / "train.beton").read_bytes() == before
+    refused = train_ffcv.run("run", *settings, ranks=1)
+    assert refused.code == 2
+    assert "class_names: number 1 was ['class1'], is ['zebra']" in refused.output

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import shutil
 import struct
 import sys
 import tarfile
@@ -231,3 +232,22 @@ def test_a_class_folder_that_cannot_be_listed_is_an_error_and_not_a_class_less(t
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(ValueError, match="class_1 cannot be read: Permission denied"):
         list_folder(root)
+
+
+def test_a_source_that_has_changed_since_is_told_with_what(prepared, tmp_path, capsys):
+    (tmp_path / "in/train/class_1").rename(tmp_path / "in/train/zebra")
+    shutil.copy(tmp_path / "in/train/class_0/0000.jpg", tmp_path / "in/train/class_0/0006.jpg")
+    (tmp_path / "in/val/class_1").rename(tmp_path / "in/val/zebra")
+    code, said = answer(prepared, capsys)
+    assert code == 0 and "class 1 was 'class_1', is 'class_2'; 6 images, which are 7 now: --force" in said
+
+
+def test_a_val_file_written_later_is_numbered_by_the_train_file_that_is_there(imagenet, tmp_path):
+    """Of a part of ImageNet's classes, say, while the label file knows all of them."""
+    out = ["--out", str(tmp_path), "--num-workers=1"]
+    assert main(["imagenet", "--train-tar", str(imagenet / "train.tar"), *out]) == 0
+    with open(imagenet / "labels.txt", "a") as labels:
+        labels.write("n00000001\n")
+    val = ["--val-tar", str(imagenet / "val.tar"), "--devkit", str(imagenet / "labels.txt")]
+    assert main(["imagenet", *val, *out]) == 0
+    assert read_manifest(tmp_path / "val.beton").classes == read_manifest(tmp_path / "train.beton").classes
