@@ -33,6 +33,7 @@ class CorruptImages:
 
     def report(self, name: str, reason: str, consequence: str) -> None:
         """Raises UnreadableImages where the policy or the budget says so."""
+        name = name.encode(errors="backslashreplace").decode()  # it need not be UTF-8, and every log gets it
         self.count += 1
         if self.policy == "stop":
             raise UnreadableImages(

@@ -10,12 +10,14 @@ import os
 import re
 import struct
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
 import numpy as np
+
+from data.names import Names
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 EVAL_SPLITS = {"val": ("val", "validation", "valid", "test"), "train": ("train",), "test": ("test",)}
@@ -28,28 +30,6 @@ class Source(Protocol):
     origin: str  # for the manifest
 
     def read(self, index: int) -> bytes | np.ndarray: ...
-
-
-class Names(Sequence[str]):
-    """Many names in one buffer. Of a list, every forked worker that reads it gets a copy, page by page.
-
-    It is the reference count in each string that is written: about 80 bytes a name, 100 MiB for ImageNet's.
-    """
-
-    def __init__(self, names: Iterable[str]):
-        encoded = [os.fsencode(name) for name in names]
-        self.content = b"".join(encoded)
-        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)  # (N + 1,) from 0 on
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        position = range(len(self))[index]
-        return os.fsdecode(self.content[self.ends[position] : self.ends[position + 1]])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 @dataclass
@@ -89,7 +69,10 @@ def find_split(root: str | Path, split: str) -> Path:
 
 
 def list_folder(root: str | Path, *, classes: list[str] | None = None) -> FolderSource:
-    """Every image file below the class folders of `root`, sorted. `classes` fixes the numbering (for evaluation)."""
+    """Every image file below the class folders of `root`, sorted. `classes` fixes the numbering (for evaluation).
+
+    Hidden files and folders are passed over: .ipynb_checkpoints/ holds copies, ._x.jpg of an archive from a Mac no image.
+    """
     root = Path(root)
     found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not found:
@@ -102,13 +85,23 @@ def list_folder(root: str | Path, *, classes: list[str] | None = None) -> Folder
     names, labels = [], []
     for number, name in enumerate(classes):
         for directory, folders, files in os.walk(root / name, followlinks=True, onerror=_cannot_list):
-            folders.sort()
-            inside = [file for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES)]
+            folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+            for folder in folders:
+                _check_link(os.path.join(directory, folder))
+            inside = [f for f in sorted(files) if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
             names += [os.path.relpath(os.path.join(directory, file), root) for file in inside]
             labels += [number] * len(inside)
     if not names:
         raise ValueError(f"{root} has class folders but no images in them ({', '.join(IMAGE_SUFFIXES)})")
     return FolderSource(root, names, np.array(labels, dtype=np.int64), list(classes))
+
+
+def _check_link(folder: str) -> None:
+    """Through a link to a folder that holds it, the same images would be found again and again."""
+    if os.path.islink(folder):
+        target, here = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+        if os.path.commonpath([target, here]) == target:
+            raise ValueError(f"{folder} is a link to {target}, which holds it; remove the link")
 
 
 def _cannot_list(error: OSError) -> None:

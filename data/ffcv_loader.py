@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numba
@@ -25,6 +26,7 @@ from data.class_names import class_names
 from data.corrupt import CorruptImages
 from data.ffcv_ops import GivenOrder, GuardedIterator, StockAugment, image_pipeline, image_tensor
 from data.manifest import check_numbering, read_names, verify
+from data.names import Names
 from data.native_decoder import KeyedDecoder
 from data.native_library import NativeUnavailable
 from data.order import EpochPlan, eval_indices, resolution_at
@@ -56,9 +58,12 @@ class BetonFile:
             )
 
     def name(self, image: int) -> str:
-        names = read_names(self.path)
         label = f"{self.path.name}[{image}]"
-        return f"{label} ({names[image]})" if names and image < len(names) else label
+        return f"{label} ({self._names[image]})" if image < len(self._names) else label
+
+    @cached_property
+    def _names(self) -> Names:
+        return Names(read_names(self.path) or ())
 
 
 def _native_decoder(data: DataConfig, plan: AugmentPlan | EvalPlan, file: BetonFile) -> KeyedDecoder | None:

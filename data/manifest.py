@@ -39,20 +39,20 @@ def manifest_path(beton: str | Path) -> Path:
 
 
 def names_path(beton: str | Path) -> Path:
-    """One name a line, in the order of the samples."""
+    """One name a line, in the order of the samples: the bytes that the file system knows, line breaks within as \\n."""
     return Path(f"{beton}.names.txt")
 
 
 def write_manifest(beton: str | Path, manifest: Manifest, names: Sequence[str]) -> None:
-    write_atomically(names_path(beton), "".join(f"{name}\n" for name in names))
+    write_atomically(names_path(beton), "".join(name.replace("\n", "\\n") + "\n" for name in names))
     write_atomically(manifest_path(beton), json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
     partial = partial_path(path)
     try:
-        with open(partial, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "xb") as file:
+            file.write(os.fsencode(text))  # a name need not be UTF-8
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -73,7 +73,8 @@ def read_manifest(beton: str | Path) -> Manifest | None:
 
 def read_names(beton: str | Path) -> list[str] | None:
     path = names_path(beton)
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+    # By line feeds alone: splitlines would also take other characters of a name for ends of lines.
+    return os.fsdecode(path.read_bytes()).removesuffix("\n").split("\n") if path.is_file() else None
 
 
 def verify(beton: Beton, *, checksum: bool = False) -> Manifest:

@@ -274,4 +274,5 @@ def contact_sheet(looked: list[Looked], shown: dict[int, tuple[int, int]], path:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     sys.exit(main())

@@ -180,5 +180,6 @@ def _has_files(directory: Path) -> bool:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is handled as Ctrl-C is
     sys.exit(main())

@@ -1,8 +1,12 @@
 """Images as people really have them: odd ones are read, broken ones are named, none hangs and none passes silently."""
 
 import io
+import os
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from PIL import Image
 from data import build_eval_loader, build_train_loader
 from data.beton import open_beton
 from data.conversion import WriteSettings, write_beton
-from data.corrupt import UnreadableImages
+from data.corrupt import CorruptImages, UnreadableImages
 from data.datasets import list_folder
 from data.jpeg_check import jpeg_damage
 from data.order import EpochPlan
@@ -240,3 +244,22 @@ def test_damage_inside_a_beton_is_noticed_replaced_and_named(tmp_path, caplog):
     assert targets[11] == labels[12] and "train.beton[11]" in caplog.text
     evaluation = build_eval_loader(data, batch_size=4)
     assert sorted(i for batch in evaluation for i in batch.indices.tolist()) == [0, 1, 2, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.slow
+def test_names_that_are_not_utf_8_are_reported_all_the_same(tmp_path):
+    root = make_folder(tmp_path / "in", train=6, val=3)
+    name = os.path.join(os.fsencode(root), b"train/class_0/bad\xff.jpg")
+    Path(os.fsdecode(name)).write_bytes(b"")
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(Path(__file__).parents[2])}
+    for arguments in (
+        ("prepare_data.py", "folder", "--source", str(root), "--out", str(tmp_path / "out"), "--num-workers=1"),
+        ("check_data.py", str(root), "--num-workers=1"),
+    ):
+        command = [sys.executable, f"scripts/{arguments[0]}", *arguments[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, env=strict)
+        assert r"bad\udcff.jpg: the file is" in " ".join(done.stdout.split()), done.stderr
+    corrupt = CorruptImages("skip", 0.1)
+    corrupt.start_epoch(10)
+    corrupt.report(os.fsdecode(name), "the file is empty", "it is left out")
+    assert all(found.endswith(r"bad\udcff.jpg") for found in corrupt.found)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.datasets import FolderSource, Names
+from data.datasets import FolderSource
+from data.names import Names
 from scripts.check_data import look_at_all
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data.beton import RAW, open_beton
+from data.conversion import WriteSettings, write_beton
 from data.datasets import fashion_mnist, imagenet_train, imagenet_val, imagenet_val_labels, list_folder
 from data.manifest import manifest_path, read_manifest, read_names
 from scripts.prepare_data import main
@@ -251,3 +252,41 @@ def test_a_val_file_written_later_is_numbered_by_the_train_file_that_is_there(im
     val = ["--val-tar", str(imagenet / "val.tar"), "--devkit", str(imagenet / "labels.txt")]
     assert main(["imagenet", *val, *out]) == 0
     assert read_manifest(tmp_path / "val.beton").classes == read_manifest(tmp_path / "train.beton").classes
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path):
+    """What notebooks and archives from a Mac leave behind: copies, and resource forks under the images' names."""
+    root = make_split(tmp_path, "train", 6)
+    names = list(list_folder(root).names)
+    (root / "class_0/.ipynb_checkpoints").mkdir()
+    shutil.copy(root / names[0], root / "class_0/.ipynb_checkpoints/0000-checkpoint.jpg")
+    (root / "class_0/._0000.jpg").write_bytes(b"\0\5\x16\7")
+    assert list(list_folder(root).names) == names
+
+
+def test_a_link_to_a_folder_above_is_refused_and_others_are_followed(tmp_path):
+    root = make_split(tmp_path, "train", 6)
+    make_split(tmp_path, "elsewhere", 6)
+    (root / "class_0/more").symlink_to(tmp_path / "elsewhere/class_0")
+    assert len(list_folder(root).names) == 8
+    (root / "class_1/loop").symlink_to("..")
+    with pytest.raises(ValueError, match="loop is a link to .*train, which holds it"):
+        list_folder(root)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take only UTF-8")
+def test_names_of_any_characters_are_kept_each_on_its_line(tmp_path):
+    root = make_split(tmp_path / "in", "train", 3)
+    odd = [
+        b"not utf-8 \xff",
+        b"two\nlines",
+        b"return\r",
+        "next\x85 \u2028 line".encode(),
+        "猫 ü".encode(),
+        b"back\\slash",
+    ]
+    for name in odd:
+        shutil.copy(root / "class_0/0000.jpg", os.path.join(os.fsencode(root / "class_0"), name + b".jpg"))
+    source = list_folder(root)
+    write_beton(source, tmp_path / "t.beton", WriteSettings(), num_workers=1)
+    assert read_names(tmp_path / "t.beton") == [name.replace("\n", "\\n") for name in source.names]
