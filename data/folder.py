@@ -295,6 +295,6 @@ def split_source(data: DataConfig, split: str) -> FolderSource:
 
 def _fingerprint(source: FolderSource) -> str:
     """Names and labels; not the pixels, which would have to be read."""
-    digest = hashlib.sha256("\n".join(source.names).encode())
+    digest = hashlib.sha256(os.fsencode("\n".join(source.names)))
     digest.update(source.labels.tobytes())
     return digest.hexdigest()[:16]

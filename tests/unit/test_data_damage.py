@@ -259,6 +259,16 @@ def test_names_that_are_not_utf_8_are_reported_all_the_same(tmp_path):
         command = [sys.executable, f"scripts/{arguments[0]}", *arguments[1:]]
         done = subprocess.run(command, capture_output=True, text=True, env=strict)
         assert r"bad\udcff.jpg: the file is" in " ".join(done.stdout.split()), done.stderr
+    loader = build_train_loader(
+        DataConfig(source="folder", path=str(root), image_size=16, num_workers=1),
+        AugmentConfig(),
+        seed=0,
+        global_batch_size=7,
+        micro_batch_size=7,
+    )
+    (batch,) = loader.epoch(0)
+    assert len(batch) == 7 and len(loader.fingerprint) == 16
+    loader.close()
     corrupt = CorruptImages("skip", 0.1)
     corrupt.start_epoch(10)
     corrupt.report(os.fsdecode(name), "the file is empty", "it is left out")
