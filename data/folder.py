@@ -5,59 +5,22 @@ A worker is handed (epoch, sample, image size) and keeps no state, so that any n
 
 from __future__ import annotations
 
-import atexit
-import ctypes
 import hashlib
 import os
-import signal
-import sys
-import threading
-import weakref
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterator
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data import keyed_random
 from data.augment import AugmentPlan
-from data.batch import Batch, EvalLoader, TrainLoader, workers_per_rank
+from data.batch import Batch, EvalLoader, TrainLoader
 from data.class_names import class_names
 from data.corrupt import CorruptImages, UnreadableImages
 from data.datasets import FolderSource, find_split, list_folder
+from data.folder_workers import Made, Task, Workers
 from data.order import EpochPlan, eval_indices, resolution_at
 from data.pixels import UNREADABLE, EvalPlan, augmented, center_cropped, read_whole, why_unreadable
-from data.stall import StallWatch
 from mambavision.config import AugmentConfig, DataConfig
-
-POLL_SECONDS = 5.0  # how long a dead worker may go unnoticed
-PR_SET_PDEATHSIG = 1
-
-
-class Task(NamedTuple):
-    """One sample to make; `image_size` and `epoch` matter in training only."""
-
-    sample: int
-    epoch: int = 0
-    image_size: int = 0
-
-
-class Made(NamedTuple):
-    """One sample made. `image` is None where nothing readable was found; `failures` are (image, reason)."""
-
-    image: np.ndarray | None
-    target: int
-    sample: int
-    failures: tuple[tuple[int, str], ...]
-
-
-class MadeBatch(NamedTuple):
-    images: torch.Tensor  # (B, S, S, 3) uint8
-    targets: torch.Tensor
-    samples: torch.Tensor
-    failures: list[tuple[int, str]]
 
 
 class TrainImages(Dataset):
@@ -104,115 +67,6 @@ class EvalImages(Dataset):
         except UNREADABLE as error:
             return Made(None, -1, task.sample, ((task.sample, why_unreadable(error)),))
         return Made(center_cropped(content, self.plan), int(self.source.labels[task.sample]), task.sample, ())
-
-
-def collate(samples: list[Made]) -> MadeBatch:
-    readable = [made for made in samples if made.image is not None]
-    return MadeBatch(
-        images=torch.from_numpy(np.stack([made.image for made in readable])) if readable else torch.empty(0),
-        targets=torch.tensor([made.target for made in readable], dtype=torch.int64),
-        samples=torch.tensor([made.sample for made in readable], dtype=torch.int64),
-        failures=[failure for made in samples for failure in made.failures],
-    )
-
-
-class WorkerSetup:
-    """What a worker process does first: outlive signals meant for the run, not the run itself."""
-
-    def __init__(self) -> None:
-        # The death signal follows the thread that forks: only the main thread lives as long as its process.
-        self.dies_with_parent = threading.current_thread() is threading.main_thread() and sys.platform == "linux"
-
-    def __call__(self, worker: int) -> None:
-        # SLURM and Ctrl-C signal every process; stopping is the trainer's decision, at a step boundary.
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-        torch.set_num_threads(1)
-        if self.dies_with_parent:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-class BatchSampler:
-    """The tasks of the batches to come, set anew for each pass."""
-
-    def __init__(self) -> None:
-        self.batches: Sequence[np.ndarray] = ()  # sample numbers of each batch
-        self.epoch = 0
-        self.image_size = 0
-
-    def __iter__(self) -> Iterator[list[Task]]:
-        for samples in self.batches:
-            yield [Task(sample, self.epoch, self.image_size) for sample in samples.tolist()]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-class Workers:
-    """A persistent DataLoader that is given its batches, reports stalls and names the failures."""
-
-    def __init__(
-        self, dataset: Dataset, data: DataConfig, *, source: FolderSource, rank: int, context: str | None = None
-    ):
-        self.source = source
-        self.start_watch = partial(StallWatch, rank, data.stall_warning_seconds, data.timeout_seconds)
-        self.sampler = BatchSampler()
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=self.sampler,
-            num_workers=workers_per_rank(data.num_workers),
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            timeout=POLL_SECONDS,
-            worker_init_fn=WorkerSetup(),
-            persistent_workers=True,
-            prefetch_factor=4,
-            multiprocessing_context=context,
-        )
-        _open.add(self)
-
-    def run(
-        self,
-        batches: Sequence[np.ndarray],
-        corrupt: CorruptImages,
-        consequence: str,
-        *,
-        epoch: int = 0,
-        image_size: int = 0,
-    ) -> Iterator[MadeBatch]:
-        self.sampler.batches, self.sampler.epoch, self.sampler.image_size = batches, epoch, image_size
-        iterator = iter(self.loader)
-        for _ in batches:
-            made = self._next(iterator)
-            for image, reason in made.failures:
-                corrupt.report(str(self.source.path(image)), reason, consequence)
-            yield made
-
-    def _next(self, iterator: Iterator[MadeBatch]) -> MadeBatch:
-        watch = self.start_watch()
-        while True:
-            try:
-                return next(iterator)
-            except RuntimeError as error:
-                # torch says both in a RuntimeError: that nothing came in time, and that a worker is dead.
-                if "timed out" not in str(error):
-                    raise RuntimeError(f"a data worker of {watch.where} failed: {error}") from error
-                watch.check()
-
-    def close(self) -> None:
-        iterator, self.loader._iterator = self.loader._iterator, None
-        if iterator is not None:
-            iterator._shutdown_workers()
-
-
-_open: weakref.WeakSet[Workers] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """Before multiprocessing's own exit, which sends its daemons SIGTERM and waits: ours ignore it."""
-    for workers in list(_open):
-        workers.close()
 
 
 class FolderTrainLoader(TrainLoader):
