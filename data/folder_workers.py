@@ -167,6 +167,11 @@ class Workers:
         iterator, self.loader._iterator = self.loader._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()
+            for worker in iterator._workers:
+                # It waits for a file system that is away and ignores SIGTERM: at exit multiprocessing would wait for it.
+                if worker.is_alive():
+                    worker.kill()
+                    worker.join(1.0)
 
 
 _open: weakref.WeakSet[Workers] = weakref.WeakSet()

@@ -301,5 +301,21 @@ def test_a_pass_that_another_has_ended_does_not_hand_out_its_batches(config):
     loader.close()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="who opens a pipe without a writer waits for ever")
+def test_a_worker_that_waits_for_a_file_for_ever_does_not_outlive_its_loader(tmp_path, monkeypatch):
+    """It would keep the rank from ending after data.timeout_seconds."""
+    monkeypatch.setattr("data.folder_workers.POLL_SECONDS", 0.2)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    os.mkfifo(make_folder(tmp_path, train=5) / "train/class_0/away.jpg")
+    loader = small_batches(DataConfig(source="folder", path=str(tmp_path), num_workers=1, timeout_seconds=1))
+    with pytest.raises(TimeoutError, match="is the file system there"):
+        list(loader.epoch(0))
+    (worker,) = loader.workers.loader._iterator._workers
+    assert worker.is_alive()
+    loader.close()
+    assert not worker.is_alive()
+
+
 def small_batches(data: DataConfig):
     return build_train_loader(data, AugmentConfig(), seed=0, global_batch_size=6, micro_batch_size=3)
