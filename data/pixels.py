@@ -22,7 +22,8 @@ RESAMPLE = {
     BILINEAR: Image.Resampling.BILINEAR,
     BICUBIC: Image.Resampling.BICUBIC,
 }
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+# What Pillow raises; the last one for damaged AVIF.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, RuntimeError)
 
 
 class NotWhole(ValueError):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from data import build_eval_loader, build_train_loader
 from data.beton import open_beton
@@ -77,6 +77,8 @@ BROKEN = {
     "flipped.png": overwritten(encoded(noisy(), "PNG"), 0.5, 0.01, 0xFF),
     "decompression_bomb.png": bomb(),
 }
+if features.check("avif"):
+    BROKEN["damaged_avif.png"] = encoded(format="AVIF").replace(b"iloc", b"xxxx")
 
 
 @pytest.fixture(scope="module")
