@@ -56,11 +56,11 @@ class EvalLoader(Protocol):
     def close(self) -> None: ...
 
 
-def workers_per_rank(num_workers: int | None) -> int:
+def workers_per_rank(num_workers: int | None, setting: str = "data.num_workers") -> int:
     """data.num_workers, by default the cores this process may use, divided among the ranks of this machine."""
     if num_workers is not None:
         if num_workers < 1:
-            raise ValueError(f"data.num_workers={num_workers} has to be at least 1; null takes the cores there are")
+            raise ValueError(f"{setting}={num_workers} has to be at least 1; without it all cores work")
         return num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -53,6 +53,8 @@ class WriteSettings:
             raise ValueError(f"write mode {self.write_mode!r} is not known; modes are {', '.join(WRITE_MODES)}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality {self.quality} has to be from 1 to 100")
+        if not 0.0 <= self.jpg_share <= 1.0:
+            raise ValueError(f"JPEG share {self.jpg_share} has to be from 0 to 1: a share of the images")
         if self.max_resolution is not None and self.max_resolution < 1:
             raise ValueError(f"maximum resolution {self.max_resolution} has to be at least 1 px")
 

@@ -55,11 +55,11 @@ class FolderSource:
         return self.path(index).read_bytes()
 
 
-def find_split(root: str | Path, split: str) -> Path:
+def find_split(root: str | Path, split: str, setting: str = "data.path") -> Path:
     """The folder of a split below `root`: val may also be called validation, valid or test."""
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise ValueError(f"data.path={root} is not a directory")
+        raise ValueError(f"{setting}={root} is not a directory")
     for name in EVAL_SPLITS.get(split, (split,)):
         if (root / name).is_dir():
             return root / name

@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.split = args.split or ["train", "val"]
     try:
         check_outputs(args)
+        args.num_workers = workers_per_rank(args.num_workers, "--num-workers")
     except ValueError as error:
         print(f"check_data: {error}", file=sys.stderr)
         return 2
@@ -142,7 +143,7 @@ def check_split(root: Path, split: str, args: argparse.Namespace) -> Report:
         except ValueError as error:
             report.problems.append(str(error))
     shown = on_contact_sheet(labels) if args.contact_sheet else {}
-    looked = look_at_all(read, len(names), workers_per_rank(args.num_workers), split, set(shown))
+    looked = look_at_all(read, len(names), args.num_workers, split, set(shown))
     summarise(report, looked, names, labels, classes)
     if args.contact_sheet:
         contact_sheet(looked, shown, sheet_path(args.contact_sheet, split))

@@ -43,6 +43,7 @@ console = Console(highlight=False)
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
+        args.num_workers = workers_per_rank(args.num_workers, "--num-workers")
         settings = WriteSettings(args.max_resolution, args.quality, args.write_mode, args.jpg_share)
         for split, source in args.sources(args):
             write(source, Path(args.out).expanduser() / f"{split}.beton", settings, args)
@@ -75,7 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--write-mode", choices=WRITE_MODES, default=mode, help=f"how images are stored ({mode})")
         command.add_argument(
             "--max-resolution",
-            type=lambda text: int(text) or None,
+            type=side_or_none,
             default=resolution,
             help=f"longer side in px, 0 keeps all (default {resolution or 0})",
         )
@@ -92,6 +93,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def side_or_none(text: str) -> int | None:
+    return int(text) or None
+
+
 def write(source: Source, path: Path, settings: WriteSettings, args: argparse.Namespace) -> None:
     if not args.force and (manifest := already_written(path, source)):
         console.print(f"{path} is already there: {manifest.num_samples} images (--force writes it again)")
@@ -106,7 +111,7 @@ def write(source: Source, path: Path, settings: WriteSettings, args: argparse.Na
             source,
             path,
             settings,
-            num_workers=workers_per_rank(args.num_workers),
+            num_workers=args.num_workers,
             on_unreadable=args.on_unreadable,
             progress=lambda images: bar.advance(task, images),
         )
@@ -119,8 +124,8 @@ def write(source: Source, path: Path, settings: WriteSettings, args: argparse.Na
 
 
 def folder_sources(args: argparse.Namespace) -> list[tuple[str, Source]]:
-    train = list_folder(find_split(args.source, "train"))
-    return [("train", train), ("val", list_folder(find_split(args.source, "val"), classes=train.classes))]
+    train = list_folder(find_split(args.source, "train", "--source"))
+    return [("train", train), ("val", list_folder(find_split(args.source, "val", "--source"), classes=train.classes))]
 
 
 def imagenet_sources(args: argparse.Namespace) -> list[tuple[str, Source]]:

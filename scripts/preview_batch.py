@@ -63,6 +63,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         ValueError: what cannot be shown or written, with what to give.
     """
     out = Path(args.out)
+    if args.epoch < 0:
+        raise ValueError(f"--epoch {args.epoch}: epochs count from 0")
     if args.count < 1:
         raise ValueError(f"--count {args.count}: show at least 1 image")
     if out.suffix.lower() != ".png":

@@ -146,9 +146,11 @@ def test_the_devkit_without_scipy_says_what_to_install(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        (["folder", "--source", "/nowhere"], "/nowhere is not a directory"),
+        (["folder", "--source", "/nowhere"], "--source=/nowhere is not a directory"),
         (["imagenet"], "--train-tar"),
         (["folder", "--source", "FOLDER", "--quality", "500"], "1 to 100"),
+        (["folder", "--source", "FOLDER", "--jpg-share", "7"], "from 0 to 1"),
+        (["folder", "--source", "FOLDER", "--num-workers", "0"], "--num-workers=0 has to be at least 1"),
     ],
 )
 def test_slips_are_answered_with_advice(arguments, advice, tmp_path, capsys):

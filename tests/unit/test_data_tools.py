@@ -74,6 +74,7 @@ def test_preview_keeps_the_answer_for_batches_that_do_not_divide(folder, tmp_pat
     ("arguments", "message"),
     [
         (("--count", "0"), "--count 0: show at least 1"),
+        (("--epoch", "-1"), "--epoch -1: epochs count from 0"),
         (("--out", "x"), "ends in .png"),
         (("--out", "missing/x.png"), "missing does not exist; make it"),
         (("--out", "taken.png"), "cannot be written"),
