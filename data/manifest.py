@@ -18,6 +18,7 @@ from data.class_names import first_difference
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
+MOST_CLASSES = 1_000_000  # of a file without a manifest: one flipped bit would have billions of them counted
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,12 @@ def check_numbering(beton: Path, manifest: Manifest) -> None:
 
 
 def _manifest_of(beton: Beton) -> Manifest:
-    if int(beton.labels.min()) < 0:
-        raise ValueError(f"{beton.path} has negative labels")
+    least, most = int(beton.labels.min()), int(beton.labels.max())
+    if least < 0 or most >= MOST_CLASSES:
+        raise ValueError(
+            f"{beton.path} has labels from {least} to {most}, which are no class numbers: it is damaged, or holds something "
+            "else; write it again with scripts/prepare_data.py"
+        )
     counts = [int(n) for n in np.bincount(beton.labels)]
     return Manifest(
         num_samples=len(beton),

@@ -176,3 +176,14 @@ def test_a_dead_worker_ends_the_writing(tmp_path):
     with pytest.raises(RuntimeError, match="worker process died"):
         write_beton(Deadly(), tmp_path / "t.beton", WriteSettings(), num_workers=2)
     assert time.monotonic() - started < 20 and list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_label_of_a_file_without_a_manifest_is_refused_and_not_counted_up_to(tmp_path):
+    """A flipped bit makes a label of billions, and as many classes."""
+    writer = BetonWriter(tmp_path / "t.beton", max_samples=2)
+    for label in (0, 1 << 32):
+        writer.add(EncodedImage(RAW, 1, 1, bytes(3)), label)
+    writer.complete()
+    writer.publish()
+    with pytest.raises(ValueError, match="labels from 0 to 4294967296"):
+        verify(open_beton(tmp_path / "t.beton"))
