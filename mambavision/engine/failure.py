@@ -18,7 +18,8 @@ _CONSEQUENCES = ("DistBackendError", "DistNetworkError", "DistStoreError")
 _WAIT_SECONDS = 1.0  # for notes of ranks that failed in the same moment
 
 
-def leave_note(directory: Path, world: World, error: BaseException, step: int) -> None:
+def leave_note(directory: Path, world: World, error: BaseException, step: int, *, refused: bool) -> None:
+    """refused: starting again would end alike, whatever the others met in consequence."""
     record = {
         "time": time.time(),
         "rank": world.rank,
@@ -26,6 +27,7 @@ def leave_note(directory: Path, world: World, error: BaseException, step: int) -
         "step": step,
         "cause": f"{type(error).__name__}: {error}",
         "consequence": is_consequence(error),
+        "refused": refused,
         "traceback": "".join(traceback.format_exception(error)),
     }
     with contextlib.suppress(OSError):  # the directory may be what failed
@@ -41,16 +43,18 @@ def is_consequence(error: BaseException) -> bool:
     )
 
 
-def first_cause(directory: Path, world: World, error: BaseException, since: float, *, silent_seconds: float) -> str:
-    """The cause of the rank that failed first; the own error if no other is known to have."""
+def first_cause(
+    directory: Path, world: World, error: BaseException, since: float, *, refused: bool, silent_seconds: float
+) -> tuple[str, bool]:
+    """The cause of the rank that failed first, the own error if no other is known to have; and whether it is refused."""
     own = f"{type(error).__name__}: {error}"
     if world.world_size == 1 or not is_consequence(error):
-        return own
+        return own, refused
     time.sleep(_WAIT_SECONDS)
     notes = [n for n in _notes(directory) if n["time"] >= since and not n["consequence"]]
     if notes:
         first = min(notes, key=lambda n: n["time"])
-        return f"rank {first['rank']} on {first['host']} at step {first['step']}: {first['cause']}"
+        return f"rank {first['rank']} on {first['host']} at step {first['step']}: {first['cause']}", first["refused"]
     gone = [
         f"rank {b['rank']} on {b['host']} (pid {b['pid']}) is gone since step {b['step']} without a word: killed, "
         "out of memory?"
@@ -62,7 +66,7 @@ def first_cause(directory: Path, world: World, error: BaseException, since: floa
         for b in read_heartbeats(directory)
         if b["rank"] < world.world_size and time.time() - b["time"] > silent_seconds and b["rank"] != world.rank
     ]
-    return f"{'; '.join(gone or frozen)} ({own})" if gone or frozen else own
+    return f"{'; '.join(gone or frozen)} ({own})" if gone or frozen else own, False
 
 
 def _notes(directory: Path) -> list[dict]:

@@ -164,9 +164,9 @@ def write_refused_samples(
 def name_first_not_finite(model: nn.Module) -> None:
     """debug=nan: the innermost module that makes a value or a gradient that is not finite ends the run with its name.
 
-    Layers are often not called themselves (a fused operator takes their weights), so that all modules are watched, and
-    one that got finite values is named where none of those that it called was to blame. Looks at every tensor on the
-    host, so steps take many times as long.
+    A layer with hooks is called by itself, where a fused operator would take its weights otherwise; a module around it is
+    named where none of those that it called was to blame. Looks at every tensor on the host, so steps take many times as
+    long, and sums are rounded otherwise than without.
     """
     # Of the modules that get images, whose gradient nobody asks for; what goes wrong there shows in their parameters'.
     warnings.filterwarnings("ignore", "Full backward hook is firing when gradients are computed with respect to module")

@@ -1,7 +1,8 @@
-"""The training figures of an interval, as they go to the console, metrics.jsonl and W&B; scores are logged where they arise."""
+"""What a run tells the console, metrics.jsonl and W&B: its start, and the figures of an interval; scores where they arise."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,11 +10,58 @@ from torch import nn
 
 from data.order import resolution_at
 from mambavision.distributed import World
+from mambavision.ops.selective_scan import choose_backend
 from mambavision.telemetry.flops import peak_flops, training_flops
 from mambavision.telemetry.meters import peak_memory_gib
 
 if TYPE_CHECKING:
     from mambavision.engine.trainer import Trainer
+
+
+_MOSTLY_START = 0.2  # share of the initial weights in the moving average at the end, above which it scores badly
+
+
+def log_start(trainer: Trainer, num_classes: int, resumed_from: str | None) -> None:
+    """What begins or goes on here, and what of it may surprise. resumed_from: the checkpoint's name."""
+    cfg, world = trainer.cfg, trainer.world
+    trainer.telemetry.log(
+        "start",
+        hosts=sorted(set(trainer.meters.hosts)),
+        pid=os.getpid(),
+        run_directory=str(trainer.directory),
+        step=trainer.progress.step,
+        resumed_from=resumed_from,
+        model=cfg.model.name,
+        parameters=sum(p.numel() for p in trainer.raw_model.parameters()),
+        num_classes=num_classes,
+        scan_backend=choose_backend(world.device.type, torch.float32, cfg.model.scan_backend),
+        train_images=trainer.train_loader.num_samples,
+        eval_images=trainer.eval_loader.num_samples,
+        batch_plan=str(trainer.plan),
+        world_size=world.world_size,
+        steps_per_epoch=trainer.train_loader.steps_per_epoch,
+        total_steps=trainer.last_step,
+        precision=trainer.precision,
+        device=str(world.device),
+        provenance=trainer.origin["provenance"],
+    )
+    start_share = cfg.trainer.ema_decay**trainer.last_step
+    if trainer.ema is not None and not cfg.trainer.ema_warmup and start_share > _MOSTLY_START:
+        trainer.telemetry.log(
+            "notice",
+            message=(
+                f"{start_share:.0%} of the moving average, which is scored as the best, will still be the start after "
+                f"{trainer.last_step} steps; type trainer.ema_warmup=true, or a smaller trainer.ema_decay"
+            ),
+        )
+    expected = cfg.trainer.expected_gpus
+    if expected is not None and expected != world.world_size:
+        trainer.telemetry.log(
+            "notice",
+            message=(
+                f"the preset is planned for {expected} GPUs; {world.world_size} rank(s) keep its batch by accumulation"
+            ),
+        )
 
 
 class Utilization:

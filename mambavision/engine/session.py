@@ -28,11 +28,11 @@ from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.failure import first_cause, leave_note
 from mambavision.engine.precision import resolve_precision
 from mambavision.engine.profile import StepProfile
+from mambavision.engine.reporting import log_start
 from mambavision.engine.stop import StopNotice
 from mambavision.engine.trainer import Trainer
 from mambavision.engine.watchdog import Watchdog
-from mambavision.ops.selective_scan import choose_backend
-from mambavision.run_dir import RunDirectory, belongs_to, run_directory, settings_hash
+from mambavision.run_dir import RunDirectory, belongs_to, plain, run_directory, settings_hash
 from mambavision.run_history import no_progress_message, starts_without_progress
 from mambavision.telemetry.console import ConsoleSink
 from mambavision.telemetry.sinks import JsonlSink, LogForwarder, Telemetry, read_events
@@ -41,7 +41,6 @@ from mambavision.telemetry.wandb_sink import WandbSink
 
 # Settings in which nodes may differ: where things lie there, and what the node has.
 _OF_A_NODE = ("output_dir", "data.path", "data.num_workers", "data.os_cache", "trainer.threads", "logger", "debug")
-_MOSTLY_START = 0.2  # share of the initial weights in the moving average at the end, above which it scores badly
 
 
 def run(cfg: TrainConfig) -> dict[str, Any]:
@@ -101,19 +100,21 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
             stop=stop,
             watchdog=parts.enter_context(build_watchdog(cfg, world, run_dir, telemetry, stop)),
             directory=run_dir.path,
-            provenance=provenance.record(run_dir.path) if world.is_main else {},
+            origin=origin(cfg, run_dir, train_loader, world),
             profile=parts.enter_context(StepProfile(run_dir.path, world.device, telemetry))
             if cfg.debug == "profile" and world.is_main
             else None,
         )
         try:
             resumed_from = resume(trainer, run_dir)
-            log_start(trainer, run_dir, num_classes, resumed_from)
+            log_start(trainer, num_classes, resumed_from)
             status = trainer.fit()
         except BaseException as error:
-            leave_note(run_dir.path, world, error, trainer.progress.step)
-            cause = first_cause(run_dir.path, world, error, since, silent_seconds=3 * cfg.watchdog.heartbeat_seconds)
-            end(trainer, run_dir, "failed", cause=cause, may_write=lock.held, **refusal(error))
+            own = dict(refused=bool(refusal(error)))
+            leave_note(run_dir.path, world, error, trainer.progress.step, **own)
+            silent_seconds = 3 * cfg.watchdog.heartbeat_seconds
+            cause, refused = first_cause(run_dir.path, world, error, since, silent_seconds=silent_seconds, **own)
+            end(trainer, run_dir, "failed", cause=cause, may_write=lock.held, refused=refused)
             raise
         return end(trainer, run_dir, status, cause=stop.cause if status == "preempted" else None, may_write=lock.held)
 
@@ -138,6 +139,15 @@ def describe_data(loader: Any) -> dict[str, Any]:
         "classes": loader.num_classes,
         "fingerprint": getattr(loader, "fingerprint", None),
         **({"class_names": names} if names else {}),
+    }
+
+
+def origin(cfg: TrainConfig, run_dir: RunDirectory, loader: Any, world: World) -> dict[str, Any]:
+    """What a checkpoint holds besides state, so that the file alone says what it is."""
+    classes = {"num_classes": loader.num_classes, "class_names": getattr(loader, "class_names", None)}
+    return {
+        "config": plain(asdict(cfg)) | classes,
+        "provenance": provenance.record(run_dir.path) if world.is_main else {},
     }
 
 
@@ -233,7 +243,7 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
         if len(counted) >= cfg.max_restarts_without_progress:
             raise ValueError(no_progress_message(counted, step, trainer.train_loader.steps_per_epoch))
         log_changes(run_dir, cfg, world, step, trainer.telemetry)
-        for change in provenance.differences(earlier, trainer.provenance) if earlier else []:
+        for change in provenance.differences(earlier, trainer.origin["provenance"]) if earlier else []:
             trainer.telemetry.log("notice", message=f"changed since the checkpoint: {change}")
         checkpoint.set_aside(refused)
         run_dir.write_config(cfg)
@@ -243,48 +253,6 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
 
     on_main(world, run_dir, accept)
     return None if path is None else path.name
-
-
-def log_start(trainer: Trainer, run_dir: RunDirectory, num_classes: int, resumed_from: str | None) -> None:
-    cfg, world = trainer.cfg, trainer.world
-    trainer.telemetry.log(
-        "start",
-        hosts=sorted(set(trainer.meters.hosts)),
-        pid=os.getpid(),
-        run_directory=str(run_dir.path),
-        step=trainer.progress.step,
-        resumed_from=resumed_from,
-        model=cfg.model.name,
-        parameters=sum(p.numel() for p in trainer.raw_model.parameters()),
-        num_classes=num_classes,
-        scan_backend=choose_backend(world.device.type, torch.float32, cfg.model.scan_backend),
-        train_images=trainer.train_loader.num_samples,
-        eval_images=trainer.eval_loader.num_samples,
-        batch_plan=str(trainer.plan),
-        world_size=world.world_size,
-        steps_per_epoch=trainer.train_loader.steps_per_epoch,
-        total_steps=trainer.last_step,
-        precision=trainer.precision,
-        device=str(world.device),
-        provenance=trainer.provenance,
-    )
-    start_share = cfg.trainer.ema_decay**trainer.last_step
-    if trainer.ema is not None and not cfg.trainer.ema_warmup and start_share > _MOSTLY_START:
-        trainer.telemetry.log(
-            "notice",
-            message=(
-                f"{start_share:.0%} of the moving average, which is scored as the best, will still be the start after "
-                f"{trainer.last_step} steps; type trainer.ema_warmup=true, or a smaller trainer.ema_decay"
-            ),
-        )
-    expected = cfg.trainer.expected_gpus
-    if expected is not None and expected != world.world_size:
-        trainer.telemetry.log(
-            "notice",
-            message=(
-                f"the preset is planned for {expected} GPUs; {world.world_size} rank(s) keep its batch by accumulation"
-            ),
-        )
 
 
 def end(

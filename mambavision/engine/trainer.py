@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from mambavision.engine.stop import Decision, Meetings, StopNotice
 from mambavision.engine.watchdog import Watchdog
 from mambavision.optim import ModelEma, build_optimizer, build_param_groups, global_grad_norm, load_optimizer_state
 from mambavision.optim.schedule import LearningRate
-from mambavision.run_dir import plain
 from mambavision.telemetry.meters import StepMeters
 from mambavision.telemetry.sinks import Telemetry
 
@@ -56,19 +54,17 @@ class Trainer:
         stop: StopNotice,
         watchdog: Watchdog,
         directory: Path,
-        provenance: dict[str, Any],
+        origin: dict[str, Any],
         profile: StepProfile | None = None,
     ):
-        """model: on world.device; checkpointer: on rank 0 only; directory: the run's; provenance: of the code."""
+        """model: on world.device; checkpointer: on rank 0 only; directory: the run's; origin: kept with the state."""
         self.cfg, self.world, self.plan, self.precision = cfg, world, plan, precision
         self.train_loader, self.eval_loader, self.transform = train_loader, eval_loader, transform
         self.telemetry, self.checkpointer, self.stop, self.watchdog = telemetry, checkpointer, stop, watchdog
-        self.directory, self.provenance, self.profile = directory, provenance, profile
-
+        self.directory, self.origin, self.profile = directory, origin, profile
         self.raw_model = model
-        self.ema = (
-            ModelEma(model, cfg.trainer.ema_decay, warmup=cfg.trainer.ema_warmup) if cfg.trainer.ema_decay else None
-        )
+        decay, warmup = cfg.trainer.ema_decay, cfg.trainer.ema_warmup
+        self.ema = ModelEma(model, decay, warmup=warmup) if decay else None
         self.utilization = reporting.Utilization(model, world, precision, cfg.data.image_size)
         self.batch_norm = BatchNormAverager(model)
         if cfg.debug == "nan":
@@ -83,10 +79,6 @@ class Trainer:
         self.lr = LearningRate(cfg.schedule, cfg.optimizer.lr, cfg.trainer.epochs, train_loader.steps_per_epoch)
         self.progress = TrainProgress()
         self.last_eval: dict[str, Any] = {}
-        self.config = plain(asdict(cfg)) | {
-            "num_classes": train_loader.num_classes,
-            "class_names": getattr(train_loader, "class_names", None),
-        }
         self.meters = StepMeters(world.device)
         sizes = dict(num_classes=transform.num_classes, capacity=cfg.trainer.agree_every_steps)
         self.guard = Guard(cfg.guard, device=world.device, fp16=precision == "fp16", **sizes)
@@ -122,8 +114,8 @@ class Trainer:
 
     def fit(self) -> str:
         """Train to the last step, or until all ranks have agreed to stop. Returns finished or preempted."""
-        is_done = self.progress.step >= self.last_step
-        if (self.at_epoch_end or is_done) and self.last_eval.get("step") != self.progress.step:
+        ended = self.at_epoch_end or self.progress.step >= self.last_step
+        if ended and self.last_eval.get("step") != self.progress.step:
             self.finish_epoch()  # a run that was stopped before its evaluation makes up for it
         while self.progress.step < self.last_step:
             if self.stop.agreed() is Decision.STOP or self.train_epoch() == "stop":
@@ -269,8 +261,7 @@ class Trainer:
                 "steps_per_epoch": self.train_loader.steps_per_epoch,
             },
             "eval": self.last_eval,
-            "config": self.config,  # this and the next are no state: so that the file alone says what it is
-            "provenance": self.provenance,
+            **self.origin,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -34,7 +34,8 @@ class LearningRate:
         if s.name == "constant":
             return self.peak
         # As published the warm-up is not a prefix: the cosine has been running meanwhile, and the rate drops onto it.
-        step = step - self._prefix_epochs * self.steps_per_epoch if s.warmup_prefix else step
+        # A prefix that ends within an epoch leaves the rest of it at the peak.
+        step = max(step - self._prefix_epochs * self.steps_per_epoch, 0) if s.warmup_prefix else step
         cosine_steps = self.epochs * self.steps_per_epoch
         if step >= cosine_steps:
             return s.min_lr

@@ -120,3 +120,9 @@ def test_warm_up_drops_onto_the_cosine_unless_it_is_a_prefix():
     prefix = LearningRate(ScheduleConfig(warmup_epochs=10, warmup_prefix=True), 1.0, 100, 10)
     assert prefix(100) == 1.0
     assert prefix.total_steps == 1100
+
+
+def test_a_prefix_that_ends_within_an_epoch_never_leaves_the_peak_before_the_cosine():
+    lr = LearningRate(ScheduleConfig(warmup_epochs=1.5, warmup_prefix=True), 1.0, 100, 10)
+    assert [lr(step) for step in range(15, 21)] == [1.0] * 6
+    assert lr(21) < 1.0
