@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -148,6 +149,8 @@ def _check_override(override: Override, cls: type) -> None:
     if key.startswith("hydra"):
         return
     if _is_group(key):
+        if key not in (own := _groups_of(cls)):
+            raise ConfigError(f"{key}= is no group of this program; its groups are {', '.join(own)}")
         for choice in _choices_given(override):
             _check_choice(key, choice)
         return
@@ -189,6 +192,13 @@ def groups() -> list[str]:
 def group_choices(group: str) -> list[str]:
     root = CONF_DIR / group
     return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml") if p.stem != "base")
+
+
+def _groups_of(cls: type) -> list[str]:
+    """The groups that train.py or eval.py composes, as its file in conf/ lists them."""
+    root = CONF_DIR / ("eval.yaml" if cls is EvalConfig else "train.yaml")
+    defaults = [entry for entry in yaml.safe_load(root.read_text())["defaults"] if isinstance(entry, dict)]
+    return [key for entry in defaults for key in entry if not key.startswith("override ")]
 
 
 def _is_group(key: str) -> bool:

@@ -60,7 +60,7 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
         raise ValueError(
-            "trainer.device=cuda, but torch sees no CUDA device here; type trainer=cpu (or trainer.device=auto)"
+            "the device is to be cuda, but torch sees no CUDA device here; type trainer=cpu (eval.py: device=cpu), or auto"
         )
     if (
         use_cuda and local_world_size > torch.cuda.device_count()

@@ -26,7 +26,9 @@ def resolve_precision(precision: str, world: World) -> str:
         ValueError: fp16 on a CPU.
     """
     if precision == "fp16" and world.device.type == "cpu":
-        raise ValueError("trainer.precision=fp16 needs a GPU; type trainer.precision=bf16 or fp32 (or auto) on a CPU")
+        raise ValueError(
+            "precision fp16 needs a GPU; on a CPU type trainer.precision=bf16 (eval.py: precision=bf16), fp32 or auto"
+        )
     if precision == "bf16" and world.is_main and not hardware_has_bf16(world.device):
         warnings.warn(NO_BF16.format(device=world.device.type), RuntimeWarning, stacklevel=2)
     if precision != "auto":

@@ -24,6 +24,7 @@ SYNTHETIC = ["data=synthetic"]
         (["++optimizer.lrr=1"], "did you mean optimizer.lr"),
         (["lr=1"], "did you mean optimizer.lr"),
         (["modle=mambavision_t"], "did you mean model="),
+        (["eval_set=imagenet_a"], "eval_set= is no group of this program; its groups are data, augment"),
         (["model=mambavision_x"], "did you mean model=mambavision_"),
         (["optimizer=lam"], "did you mean optimizer=lamb?"),
         (["experiment=paper/mambavision_bb"], "did you mean experiment=paper/mambavision_b"),
@@ -109,6 +110,11 @@ def test_evaluation_takes_model_files_without_their_recipe(choice: str):
     cfg = compose_eval_config([f"model={choice}", "checkpoint=x.pt", "data=synthetic", "data.num_classes=10"])
     assert cfg.model.name == choice
     assert cfg.data.image_size == (512 if "512" in choice else 224)
+
+
+def test_evaluation_names_its_own_groups():
+    with pytest.raises(ConfigError, match="trainer= is no group of this program; its groups are data, model, eval_set"):
+        compose_eval_config(["trainer=cpu"])
 
 
 def test_free_form_architecture_keys_need_no_plus():
