@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from data.batch import EvalLoader
 from data.batch_transform import BatchTransform
 from data.class_names import first_difference, renumbered
 from mambavision import VARIANTS, create_model, distributed
+from mambavision.cluster.points import point_name
 from mambavision.compose import quoted
-from mambavision.config import AugmentConfig, EvalConfig
+from mambavision.config import AugmentConfig, EvalConfig, ModelConfig
 from mambavision.distributed import World
+from mambavision.engine import checkpoint as checkpoints
 from mambavision.engine.evaluate import evaluate
 from mambavision.engine.precision import autocast_context, resolve_precision
 from mambavision.models.pretrained import find_file, find_weights, load_weights, read_checkpoint
@@ -24,8 +27,9 @@ from mambavision.run_dir import write_atomically
 # How a variant's published weights are scored.
 _PUBLISHED_SCORING = ("image_size", "crop_pct", "crop_mode")
 # What a run's evaluation depends on; taken over from a checkpoint of ours unless given.
-_IMPLIED_DATA = ("image_size", "crop_pct", "crop_mode", "eval_interpolation", "mean", "std")
+_IMPLIED_DATA = (*_PUBLISHED_SCORING, "eval_interpolation", "mean", "std")
 _IMPLIED_MODEL = ("architecture", "init", "window_padding")
+_REAL_CLASSES = 1000
 
 
 def implied_overrides(given: list[str]) -> list[str]:
@@ -102,13 +106,15 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
     distributed.check_same_devices(world)
     precision = resolve_precision(cfg.precision, world)
     path = find_file(cfg.checkpoint)
+    distributed.on_main(world, lambda: check_undamaged(path))
     content = read_checkpoint(path)
     loader = data.build_eval_loader(
         cfg.data, batch_size=cfg.batch_size, rank=world.rank, world_size=world.world_size, split=cfg.eval_set
     )
     models = load_models(cfg, content, path, world.device)
     check_classes(content, models, loader, cfg, world)
-    out = Path(cfg.out) if cfg.out else path.with_name(f"{path.name}.{cfg.eval_set}.eval.json")
+    out = Path(cfg.out).expanduser() if cfg.out else scores_file(path, content, cfg)
+    check_answers(loader, cfg)
     distributed.on_main(world, lambda: check_writable(out))
     transform = BatchTransform(AugmentConfig(), cfg.data.mean, cfg.data.std, loader.num_classes, seed=0)
     autocast = autocast_context(precision, world.device)
@@ -120,7 +126,7 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
         "eval_set": cfg.eval_set,
         "data": cfg.data.path or cfg.data.source,
         "precision": precision,
-        **{key: getattr(cfg.data, key) for key in _PUBLISHED_SCORING},
+        **{key: getattr(cfg.data, key) for key in _IMPLIED_DATA},
         **result,
     }
     if world.is_main:
@@ -128,6 +134,33 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
         write_atomically(out, json.dumps(record, indent=1) + "\n")
         print(f"written to {out}")
     return record
+
+
+def check_undamaged(path: Path) -> None:
+    """Raises ValueError where a checkpoint of ours is not what was written: torch.load passes over a flipped bit."""
+    if "xxh3_128" in (checkpoints.read_sidecar(path) or {}) and (reason := checkpoints.verify(path)) is not None:
+        raise ValueError(f"{path} is damaged: {reason}; give another checkpoint, or put a good copy of this one back")
+
+
+def scores_file(path: Path, content: Any, cfg: EvalConfig) -> Path:
+    """Beside the checkpoint, named by the set and by what differs from the checkpoint's own evaluation.
+
+    The scores at another image size or on other data do not replace those that are there.
+    """
+    own = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(own, dict):
+        own = asdict(EvalConfig(model=ModelConfig(cfg.model.name)))
+        own["data"] |= {key: getattr(VARIANTS[cfg.model.name], key) for key in _PUBLISHED_SCORING}
+    keys = {"data": ("source", "path", *_IMPLIED_DATA), "model": ("name", *_IMPLIED_MODEL)}
+    settings = [f"precision={cfg.precision}"] if cfg.precision != "auto" else []
+    for group, names in keys.items():
+        now = asdict(getattr(cfg, group))
+        settings += [f"{group}.{k}={now[k]}" for k in names if _plain(now[k]) != _plain(own[group].get(k))]
+    return path.with_name(f"{path.name}.{point_name([cfg.eval_set, *settings])}.eval.json")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def check_classes(
@@ -156,6 +189,15 @@ def check_classes(
             raise ValueError(f"{message}{difference}; give the data it was trained for")
         if world.is_main:
             print(f"warning   {message}{difference}; are these new names for the same classes?")
+
+
+def check_answers(loader: EvalLoader, cfg: EvalConfig) -> None:
+    """Raises ValueError where ReaL's answers are not numbered as the data is; the other sets bring ImageNet's numbers."""
+    if cfg.eval_set == "imagenet_real" and loader.num_classes != _REAL_CLASSES:
+        raise ValueError(
+            f"eval_set=imagenet_real has answers among ImageNet's {_REAL_CLASSES} classes, the data has "
+            f"{loader.num_classes}; give data.path=DIR of the whole validation set"
+        )
 
 
 def check_writable(out: Path) -> None:
@@ -202,4 +244,8 @@ def report(record: dict[str, Any], models: dict[str, torch.nn.Module]) -> None:
         print(
             f"  {name:<12} Top-1 {record[f'{prefix}top1']:.3f} %  Top-5 {record[f'{prefix}top5']:.3f} %  loss {record[f'{prefix}loss']:.4f}"
         )
+        if f"{prefix}mce" in record:
+            print(f"  {'':<12} mCE {record[f'{prefix}mce']:.3f} % (of AlexNet's errors)")
+    if record["eval_set"] == "imagenet_c" and "mce" not in record:
+        print("  no mCE: it takes all 15 corruptions at severities 1 to 5, and not all are here")
     print(f"  {record['img_per_sec']:,.0f} img/s")

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from mambavision import VARIANTS, create_model
-from mambavision.compose import compose_eval_config, compose_train_config
-from mambavision.engine.score import implied_overrides, score, with_quoted_checkpoint
+from mambavision.compose import CONF_DIR, compose_eval_config, compose_train_config
+from mambavision.engine.score import implied_overrides, report, score, with_quoted_checkpoint
 from mambavision.engine.session import run
 from tests.integration.test_experiments import SHRUNK
+from tests.unit.data_samples import smooth_image
+
+ROOT = CONF_DIR.parent
 
 
 def evaluate(*given: str) -> dict:
@@ -43,6 +49,82 @@ def test_the_json_file_says_what_was_scored(finished_run: tuple[Path, dict], tmp
     result = evaluate(f"checkpoint={directory}", f"out={tmp_path / 'scores.json'}")
     assert json.loads((tmp_path / "scores.json").read_text()) == json.loads(json.dumps(result))
     assert result["checkpoint"].endswith("step_00000002.pt")
+
+
+def test_scores_under_other_settings_do_not_replace_those_that_are_there(
+    finished_run: tuple[Path, dict], tmp_path: Path
+):
+    shutil.copytree(finished_run[0] / "checkpoints", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "step_00000002.pt"
+    for file in tmp_path.glob("*.eval.json"):
+        file.unlink()
+    for given in ([], ["data.image_size=48"], ["data.crop_pct=0.9", "precision=fp32"]):
+        evaluate(f"checkpoint={path}", *given)
+    written = {p.name: json.loads(p.read_text())["image_size"] for p in tmp_path.glob("*.eval.json")}
+    assert written == {
+        f"{path.name}.val.eval.json": 32,
+        f"{path.name}.val,data.image_size=48.eval.json": 48,
+        f"{path.name}.val,precision=fp32,data.crop_pct=0.9.eval.json": 32,
+    }
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_not_scored(finished_run: tuple[Path, dict], tmp_path: Path):
+    shutil.copytree(finished_run[0], tmp_path / "x")
+    path = tmp_path / "x" / "checkpoints" / "step_00000002.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step_00000002.pt is damaged: its checksum does not match"):
+        evaluate(f"checkpoint={path}")
+    path.with_name("step_00000002.pt.json").unlink()  # what it should be is not known then
+    assert evaluate(f"checkpoint={path}")["images"] == 37
+
+
+def test_real_labels_are_not_looked_up_among_other_classes(finished_run: tuple[Path, dict], tmp_path: Path):
+    for split in ("train", "val"):
+        for name in [f"n{number:08d}" for number in range(10)]:
+            smooth_image(0, 20, 24).save(mkdir(tmp_path / split / name) / "ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(ValueError, match="answers among ImageNet's 1000 classes, the data has 10"):
+        evaluate(f"checkpoint={finished_run[0]}", "data=folder", f"data.path={tmp_path}", "eval_set=imagenet_real")
+
+
+def mkdir(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+def test_imagenet_c_says_its_mce_or_why_there_is_none(capsys: pytest.CaptureFixture[str]):
+    scores = {f"{prefix}{key}": 50.0 for prefix in ("", "ema_") for key in ("top1", "top5", "loss")}
+    record = {
+        **{"checkpoint": "x.pt", "model": "m", "eval_set": "imagenet_c", "images": 3, "image_size": 224},
+        **{"crop_pct": 1.0, "crop_mode": "center", "precision": "fp32", "img_per_sec": 9.0, **scores},
+    }
+    report(record, {"": None, "ema_": None})
+    assert "no mCE: it takes all 15 corruptions" in capsys.readouterr().out
+    report({**record, "mce": 61.25, "ema_mce": 59.5}, {"": None, "ema_": None})
+    assert re.findall(r"mCE ([\d.]+) %", capsys.readouterr().out) == ["61.250", "59.500"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    ("given", "advice"), [("device=cuda", "eval.py: device=cpu"), ("precision=fp16", "precision=bf16")]
+)
+def test_advice_names_what_eval_py_has(given: str, advice: str, finished_run: tuple[Path, dict]):
+    with pytest.raises(ValueError, match=advice):
+        evaluate(f"checkpoint={finished_run[0]}", given)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--help"], "eval.py checkpoint=runs/NAME"),
+        (["-m", "checkpoint=x"], "error: -m is no setting; eval.py takes key=value"),
+    ],
+)
+def test_eval_py_answers_flags(words: list[str], answer: str):
+    done = subprocess.run([sys.executable, "eval.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert answer in done.stdout + done.stderr
+    assert done.returncode == (0 if words == ["--help"] else 2)
 
 
 def test_a_published_file_is_recognised_by_its_shape(tmp_path: Path):
