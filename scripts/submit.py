@@ -30,7 +30,6 @@ from mambavision.compose import check_overrides
 from mambavision.config import TrainConfig
 from mambavision.run_dir import run_directory
 
-DEFAULT_NODES, DEFAULT_NPROC = 4, 8  # slurm/train.sbatch's
 WATCH_SECONDS = 5.0
 
 
@@ -48,7 +47,7 @@ def main() -> int:
             raise ValueError(f"{' '.join(options)}: not an option of this program, and there is no sbatch with --local")
         if not args.local and not slurm.is_available():
             raise ValueError("there is no sbatch here; --local runs the points on this machine")
-        check(chosen, args)
+        check(chosen, args, options)
         if args.check:
             return 0
         with sweep.locked():
@@ -62,10 +61,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--max-running", type=int, help="points that run at once (default: as SLURM lets; --local: 1)")
-    parser.add_argument("--nodes", type=int, help=f"nodes of each run (default {DEFAULT_NODES})")
-    parser.add_argument(
-        "--nproc-per-node", type=int, help=f"ranks of a node (default {DEFAULT_NPROC}; --local: its GPUs)"
-    )
+    parser.add_argument("--nodes", type=int, help="nodes of each run (default: slurm/train.sbatch's)")
+    parser.add_argument("--nproc-per-node", type=int, help="ranks of a node (default: its GPUs)")
     parser.add_argument("--max-restarts", type=int, help="faults without progress before a job gives up (3)")
     parser.add_argument("--local", action="store_true", help="run on this machine instead of submitting to SLURM")
     parser.add_argument("--watch", action="store_true", help="show the table until all points have ended")
@@ -90,21 +87,26 @@ def sweep_directory(chosen: Sequence[Point], overrides: Sequence[str], is_sweep:
     return Path(chosen[0].cfg.output_dir) / points.sweep_name(overrides)
 
 
-def ranks_per_node(args: argparse.Namespace) -> int:
+def ranks_per_node(args: argparse.Namespace, options: Sequence[str] = ()) -> int:
+    """As many as slurm/train.sbatch or torchrun will start."""
     if args.nproc_per_node:
         return args.nproc_per_node
-    if not args.local:
-        return DEFAULT_NPROC
-    import torch
+    if args.local:
+        import torch
 
-    return torch.cuda.device_count() or 1
+        return torch.cuda.device_count() or 1
+    if given := os.environ.get("NPROC_PER_NODE"):
+        return int(given)
+    gpus = [o.split("=", 1)[1] for o in options if o.startswith("--gpus-per-node=")]
+    return int((gpus or [slurm.script_default("gpus-per-node")])[-1].rsplit(":", 1)[-1])  # 8 or a100:8
 
 
-def check(chosen: Sequence[Point], args: argparse.Namespace) -> None:
+def check(chosen: Sequence[Point], args: argparse.Namespace, options: Sequence[str]) -> None:
     """Raises ValueError, before anything is started, if any point cannot run."""
-    nodes = 1 if args.local else args.nodes or DEFAULT_NODES
-    problems = problems_before_start(chosen, nodes * ranks_per_node(args))
-    plan = doctor.Plan(nodes=nodes, nproc_per_node=ranks_per_node(args))
+    nodes = 1 if args.local else args.nodes or int(slurm.script_default("nodes"))
+    ranks = ranks_per_node(args, options)
+    problems = problems_before_start(chosen, nodes * ranks)
+    plan = doctor.Plan(nodes=nodes, nproc_per_node=ranks)
     for finding in doctor.before_submission([p.cfg for p in chosen], plan):
         if finding.level == "error":
             problems.append(f"{finding.name}: {finding}")
@@ -112,9 +114,7 @@ def check(chosen: Sequence[Point], args: argparse.Namespace) -> None:
             print(finding.line(), file=sys.stderr)
     if problems:
         raise ValueError("\n".join(["nothing was started:", *problems]))
-    print(
-        f"{len(chosen)} point{'s' * (len(chosen) > 1)} checked, for {nodes} node(s) x {ranks_per_node(args)} rank(s) each"
-    )
+    print(f"{len(chosen)} point{'s' * (len(chosen) > 1)} checked, for {nodes} node(s) x {ranks} rank(s) each")
 
 
 def submit(sweep: Sweep, args: argparse.Namespace, options: list[str]) -> int:
@@ -126,7 +126,7 @@ def submit(sweep: Sweep, args: argparse.Namespace, options: list[str]) -> int:
         environment = {"MAMBAVISION_ROOT": str(slurm.ROOT)}
         if args.nproc_per_node:
             environment["NPROC_PER_NODE"] = str(args.nproc_per_node)
-            if not any(o.startswith("--gpus") for o in options):
+            if not any(o.startswith(("--gpus", "--gres=gpu")) for o in options):
                 options = [f"--gpus-per-node={args.nproc_per_node}", *options]
         if args.max_restarts is not None:
             environment["MAX_RESTARTS"] = str(args.max_restarts)
@@ -149,7 +149,8 @@ def run_here(sweep: Sweep, args: argparse.Namespace) -> int:
     shown: list[Row] = []
 
     def show_changes(running: set[str]) -> None:
-        rows = [replace(r, status="running") if r.point in running else r for r in sweep.rows({})]
+        rows = sweep.rows({})
+        rows = [replace(r, status="running") if p.name in running else r for p, r in zip(sweep.points, rows)]
         sweep.write_table(rows)
         for old, new in zip(shown or [None] * len(rows), rows):
             if old is None or old.status != new.status:
@@ -158,7 +159,7 @@ def run_here(sweep: Sweep, args: argparse.Namespace) -> int:
 
     with LocalRuns(wanting, nproc_per_node=ranks_per_node(args), max_running=args.max_running or 1, logs=logs) as runs:
         runs.run(show_changes)
-    rows = [_with_exit_code(r, runs.exit_codes.get(r.point)) for r in sweep.rows({})]
+    rows = [_with_refusal(row, point, runs) for point, row in zip(sweep.points, sweep.rows({}))]
     show(sweep, rows)
     if runs.notice is not None:
         print("stopped on the way; the same command continues")
@@ -166,9 +167,11 @@ def run_here(sweep: Sweep, args: argparse.Namespace) -> int:
     return int(any(row.is_wanting for row in rows))
 
 
-def _with_exit_code(row: Row, code: int | None) -> Row:
+def _with_refusal(row: Row, point: Point, runs: LocalRuns) -> Row:
     """A run that was refused before it had a directory has said so in its output only."""
-    return replace(row, status="failed") if code and row.status in ("missing", "lost") else row
+    if runs.exit_codes.get(point.name) and row.status in ("missing", "lost"):
+        return replace(row, status="failed", cause=runs.last_error(point))
+    return row
 
 
 def watch(sweep: Sweep, args: argparse.Namespace) -> int:

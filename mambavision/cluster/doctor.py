@@ -132,6 +132,11 @@ def check_data(cfg: TrainConfig) -> list[Finding]:
             findings.append(Finding("error", "data", _first_line(error), "write it again with scripts/prepare_data.py"))
             continue
         told = f"{path}: {manifest.num_samples:,} images, {len(manifest.classes)} classes"
+        batch = cfg.trainer.global_batch_size
+        if split == "train" and manifest.num_samples < batch:
+            told = f"{told}, fewer than one step's trainer.global_batch_size={batch}"
+            findings.append(Finding("error", "data", told, "take a smaller one, and a learning rate for it"))
+            continue
         findings.append(Finding("ok", "data", told))
     return findings
 

@@ -56,10 +56,18 @@ class LocalRuns:
             for process in [p for p in self.running if p.poll() is not None]:
                 self.exit_codes[self.running.pop(process).name] = process.returncode
 
+    def last_error(self, point: Point) -> str | None:
+        """What the newest start of a point refused with, if it did."""
+        lines = self._log(point).read_text(errors="replace").splitlines()
+        return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
+
+    def _log(self, point: Point) -> Path:
+        return self.logs / f"{point.name or 'run'}.out"
+
     def _start(self, point: Point) -> None:
         # The point's words are settings, not torchrun's options, whatever they look like.
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"]
-        with open(self.logs / f"{point.name or 'run'}.out", "a") as log:
+        with open(self._log(point), "a") as log:
             process = subprocess.Popen(
                 [*torchrun, str(ROOT / "train.py"), *point.overrides],
                 stdout=log,

@@ -77,6 +77,8 @@ def single(overrides: Sequence[str]) -> Point:
             f"{', '.join(keys)} is given several values: a sweep needs -m; a value with a comma is written "
             f"'{keys[0]}=\"a,b\"'"
         )
+    if files := [o for o in overrides if o.startswith("sweep=") and o != "sweep=null"]:
+        raise ConfigError(f"{files[0]} names the points of a sweep, which needs -m; without it there is one run")
     return Point("", tuple(overrides), compose_train_config(overrides))
 
 

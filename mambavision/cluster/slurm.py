@@ -21,6 +21,14 @@ def is_available() -> bool:
     return shutil.which("sbatch") is not None
 
 
+def script_default(option: str) -> str:
+    """What slurm/train.sbatch asks for itself, e.g. nodes: "4". A cluster's users write their own numbers there."""
+    for line in BATCH_SCRIPT.read_text().splitlines():
+        if line.startswith(f"#SBATCH --{option}="):
+            return line.split("=", 1)[1].split()[0]
+    raise ValueError(f"{BATCH_SCRIPT} has no line #SBATCH --{option}=N; give --{option}=N")
+
+
 def job_states() -> dict[str, str]:
     """This user's jobs that are not over, e.g. {"17": "RUNNING", "18_3": "PENDING"}.
 

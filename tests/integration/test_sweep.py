@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mambavision.run_dir import RunDirectory
 from tests.integration.torchrun import ROOT, train
@@ -31,9 +32,10 @@ def test_a_sweep_under_torchrun_finishes_every_point_in_its_own_directory(tmp_pa
     assert known.returncode == 0 and known.stdout.count("finished") == 2, known.stdout + known.stderr
 
 
-def submit(directory: Path, *words: str) -> subprocess.CompletedProcess:
+def submit(directory: Path, *words: str, sweep: bool = True) -> subprocess.CompletedProcess:
+    flag = ["-m"] if sweep else []
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "submit.py"), "-m", *SHORT, f"output_dir={directory}", *words],
+        [sys.executable, str(ROOT / "scripts" / "submit.py"), *flag, *SHORT, f"output_dir={directory}", *words],
         cwd=directory,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -63,3 +65,11 @@ def test_nothing_is_started_if_one_point_is_wrong(tmp_path: Path) -> None:
     done = submit(tmp_path, "optimizer.lr=1e-3,abc", "--local")
     assert done.returncode == 2 and "1 of 2 points cannot run" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU fp16 is not refused")
+@pytest.mark.parametrize("words", [("trainer.precision=fp16",), ("-m", "trainer.precision=fp16,fp32")])
+def test_a_run_that_refuses_to_start_says_why_in_the_table(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = submit(tmp_path, *words, "run_name=x", "--local", sweep=False)
+    assert done.returncode == 1 and "failed: precision fp16 needs a GPU" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("running") == len(words)  # a plain run is shown as running, too

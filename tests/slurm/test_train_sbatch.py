@@ -275,3 +275,21 @@ def test_check_says_what_it_would_do_without_slurm(tmp_path: Path) -> None:
     assert re.search(r"4 nodes x 8", done.stdout) and "runs/run: starts from the beginning" in done.stdout
     assert "global batch 256 = 8 images x 32 ranks x 1" in done.stdout
     assert not list(tmp_path.iterdir())  # nothing is written
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [("#SBATCH --gpus-per-node=a100:2 # ours", "4 nodes x 2\n"), ("#SBATCH --exclusive", "set NPROC_PER_NODE=N")],
+)
+def test_check_reads_what_a_cluster_writes_at_the_head_of_the_script(line: str, told: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.sbatch"
+    mine.write_text(SBATCH.read_text().replace("#SBATCH --gpus-per-node=8", line))
+    done = subprocess.run(
+        ["bash", str(mine), "--check", *SETTINGS, "trainer.global_batch_size=256"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": sys.executable, "MAMBAVISION_ROOT": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert told in done.stdout + done.stderr

@@ -18,6 +18,7 @@ from mambavision.cluster import doctor, doctor_device, sizing
 from mambavision.cluster.doctor import Plan
 from mambavision.compose import compose_train_config
 from mambavision.models.variants import VARIANTS
+from tests.unit.data_samples import make_betons, make_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["experiment=tiny", "logger=jsonl"]
@@ -42,6 +43,17 @@ def test_missing_data_is_an_error_with_the_cure(tmp_path: Path) -> None:
     cfg = compose_train_config(["model=mambavision_nano", "data=folder", f"data.path={tmp_path}"])
     assert [f.level for f in doctor.check_data(cfg)] == ["ok", "error"]
     assert "has no val/ or validation/" in doctor.check_data(cfg)[1].message
+
+
+def test_data_smaller_than_a_step_is_an_error_before_anything_is_submitted(tmp_path: Path) -> None:
+    make_betons(make_folder(tmp_path / "folder"), tmp_path / "beton")
+    small = [*TINY, "data=ffcv", "data.image_size=32", f"data.path={tmp_path / 'beton'}"]
+    for batch, levels in ((8, ["ok", "ok"]), (32, ["error", "ok"])):
+        words = [*small, f"trainer.global_batch_size={batch}", "trainer.micro_batch_size=4"]
+        assert [f.level for f in doctor.check_data(compose_train_config(words))] == levels
+    assert "24 images, 3 classes, fewer than one step's trainer.global_batch_size=32" in str(
+        doctor.check_data(compose_train_config(words))[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "valid", "test"])

@@ -55,6 +55,11 @@ def test_a_sweep_file_gives_its_values_and_the_command_line_wins() -> None:
     assert [p.cfg.seed for p in points.expand([*TINY, "sweep=seeds", "seed=7,8"])] == [7, 8]
 
 
+def test_a_sweep_file_without_m_is_not_one_run_of_the_defaults() -> None:
+    with pytest.raises(ConfigError, match="sweep=seeds names the points of a sweep, which needs -m"):
+        points.single([*TINY, "sweep=seeds"])
+
+
 def test_every_wrong_point_is_named_and_none_is_returned() -> None:
     with pytest.raises(ConfigError, match=r"2 of 3 points cannot run:\noptimizer.lr=abc: .*\noptimizer.lr=-1: "):
         points.expand([*TINY, "optimizer.lr=abc,-1,1e-3"])

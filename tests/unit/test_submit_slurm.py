@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mambavision.cluster import points, slurm
+from scripts import submit as submit_script
 
 WORDS = [
     "experiment=tiny",
@@ -91,3 +92,49 @@ def test_an_option_that_sbatch_would_not_get_is_answered_with_how_to_write_it(wo
     environment = os.environ | {"PYTHONPATH": str(slurm.ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and told in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("place", ["plain", "a slurm/of mine", "my space/mv repo"])
+def test_the_script_finds_its_repository_wherever_that_is(place: str, tmp_path: Path) -> None:
+    repository = tmp_path / place
+    (repository / "mambavision").mkdir(parents=True)
+    (repository / "train.py").touch()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(
+        f"#!/bin/bash\necho '   Command={repository}/slurm/train.sbatch data.path=/a/slurm/b run_name=a b'\n"
+    )
+    scontrol.chmod(0o755)
+    function = f'eval "$(sed -n "/^find_root() {{/,/^}}/p" {slurm.BATCH_SCRIPT})"; find_root'
+    environment = {"PATH": f"{scontrol.parent}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", function], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == str(repository), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "ranks"),
+    [
+        ([], {}, 8),
+        (["--gpus-per-node=4"], {}, 4),
+        (["--gpus-per-node=a100:2"], {}, 2),
+        (["--gpus-per-node=4"], {"NPROC_PER_NODE": "3"}, 3),
+        (["--nproc-per-node=5"], {"NPROC_PER_NODE": "3"}, 5),
+    ],
+)
+def test_a_job_is_checked_for_the_ranks_it_will_have(
+    words: list[str], env: dict[str, str], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NPROC_PER_NODE", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    args, options = submit_script.parse(words)
+    assert submit_script.ranks_per_node(args, options) == ranks
+
+
+def test_the_scripts_own_numbers_are_read_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (slurm.script_default("nodes"), slurm.script_default("gpus-per-node")) == ("4", "8")
+    monkeypatch.setattr(slurm, "BATCH_SCRIPT", tmp_path / "mine.sbatch")
+    slurm.BATCH_SCRIPT.write_text("#!/bin/bash\n#SBATCH --nodes=2 # ours has two\n")
+    assert slurm.script_default("nodes") == "2"
+    with pytest.raises(ValueError, match="has no line #SBATCH --gpus-per-node=N; give --gpus-per-node=N"):
+        slurm.script_default("gpus-per-node")
