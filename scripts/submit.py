@@ -36,6 +36,7 @@ WATCH_SECONDS = 5.0
 def main() -> int:
     args, words = parse(sys.argv[1:])
     try:
+        check_same_repository()
         is_sweep, words = points.split_multirun(words)
         overrides, options = split_options(words)
         overrides = check_overrides(overrides, TrainConfig)  # the sweep's name is made of the words as they are meant
@@ -68,6 +69,16 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--watch", action="store_true", help="show the table until all points have ended")
     parser.add_argument("--check", action="store_true", help="check every point, start nothing")
     return parser.parse_known_args(arguments)
+
+
+def check_same_repository() -> None:
+    """Raises ValueError where Python imports another clone than this script's: that one's code would be submitted."""
+    here = Path(__file__).resolve().parents[1]
+    if here != slurm.ROOT:
+        raise ValueError(
+            f"this is the submit.py of {here}, but the mambavision that {sys.executable} imports is that of {slurm.ROOT}; "
+            f"use the .venv of {here} (scripts/setup.sh makes it), or set PYTHONPATH={here}"
+        )
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -138,3 +138,14 @@ def test_the_scripts_own_numbers_are_read_from_it(tmp_path: Path, monkeypatch: p
     assert slurm.script_default("nodes") == "2"
     with pytest.raises(ValueError, match="has no line #SBATCH --gpus-per-node=N; give --gpus-per-node=N"):
         slurm.script_default("gpus-per-node")
+
+
+@pytest.mark.slow
+def test_another_clones_code_is_not_submitted_without_a_word(tmp_path: Path) -> None:
+    script = tmp_path / "scripts" / "submit.py"
+    script.parent.mkdir()
+    script.write_text((slurm.ROOT / "scripts" / "submit.py").read_text())
+    environment = os.environ | {"PYTHONPATH": str(slurm.ROOT)}
+    command = [sys.executable, str(script), "experiment=tiny", "--local", "--check"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"imports is that of {slurm.ROOT}; use the .venv of {tmp_path}" in done.stderr
