@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
     world = distributed.init_world(cfg.device)
     distributed.check_same_devices(world)
     precision = resolve_precision(cfg.precision, world)
+    if not world.is_main:  # every rank lists the same folders; one of them may say that images are missing
+        logging.getLogger("data.variants").setLevel(logging.ERROR)
     path = find_file(cfg.checkpoint)
     distributed.on_main(world, lambda: check_undamaged(path))
     content = read_checkpoint(path)
@@ -151,7 +154,8 @@ def scores_file(path: Path, content: Any, cfg: EvalConfig) -> Path:
     if not isinstance(own, dict):
         own = asdict(EvalConfig(model=ModelConfig(cfg.model.name)))
         own["data"] |= {key: getattr(VARIANTS[cfg.model.name], key) for key in _PUBLISHED_SCORING}
-    keys = {"data": ("source", "path", *_IMPLIED_DATA), "model": ("name", *_IMPLIED_MODEL)}
+    source = ("source",) if cfg.eval_set == "val" else ()  # other sets bring theirs
+    keys = {"data": (*source, "path", *_IMPLIED_DATA), "model": ("name", *_IMPLIED_MODEL)}
     settings = [f"precision={cfg.precision}"] if cfg.precision != "auto" else []
     for group, names in keys.items():
         now = asdict(getattr(cfg, group))
