@@ -8,12 +8,12 @@ source scripts/setup.sh
 activate_venv
 
 DATA="${MAMBAVISION_DEMO_DATA:-$HOME/.cache/mambavision/fashion_mnist}"
-RUN_NAME=demo
-for argument in "$@"; do case "$argument" in run_name=*) RUN_NAME="${argument#run_name=}" ;; esac; done
+SETTINGS=(experiment=demo data.path="$DATA" run_name=demo "$@")
 
 python scripts/prepare_data.py fashion_mnist --out "$DATA"
-python train.py experiment=demo data.path="$DATA" run_name="$RUN_NAME" "$@"
-python eval.py checkpoint="runs/$RUN_NAME"
+RUN="$(python train.py --run-dir "${SETTINGS[@]}")"
+python train.py "${SETTINGS[@]}"
+python eval.py checkpoint="$RUN"
 echo
-echo "The run lies in $PWD/runs/$RUN_NAME: config.yaml, metrics.jsonl, status.json, checkpoints/, wandb/."
-echo "The same command continues it; 'wandb sync runs/$RUN_NAME/wandb/offline-run-*' uploads it."
+echo "The run lies in $(realpath -m "$RUN"): config.yaml, metrics.jsonl, status.json, checkpoints/, wandb/."
+echo "The same command continues it; 'wandb sync $RUN/wandb/offline-run-*' uploads it."

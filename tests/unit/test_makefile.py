@@ -56,3 +56,15 @@ def test_a_target_ends_with(target: str, last: str, repository: Path) -> None:
         ["make", target], cwd=repository, env={**os.environ, "HOME": str(repository)}, check=True, timeout=60
     )
     assert (repository / "calls").read_text().splitlines()[-1].startswith(last)
+
+
+def test_the_demo_scores_the_run_that_its_arguments_ask_for(repository: Path) -> None:
+    """train.py names the directory: output_dir= and a run_name with odd characters are not for the script to guess."""
+    python = repository / ".venv" / "bin" / "python"
+    python.write_text(python.read_text() + 'case "$*" in *--run-dir*) echo "/else where/x" ;; esac\n')
+    environment = {**os.environ, "HOME": str(repository)}
+    command = ["scripts/demo.sh", "output_dir=/else where", "run_name=x"]
+    subprocess.run(command, cwd=repository, env=environment, check=True, timeout=60)
+    calls = (repository / "calls").read_text().splitlines()
+    assert calls[-1] == "python eval.py checkpoint=/else where/x"
+    assert calls[-2].endswith("run_name=demo output_dir=/else where run_name=x")
