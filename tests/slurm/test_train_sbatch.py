@@ -215,6 +215,25 @@ def test_a_cancelled_job_stays_cancelled(cluster: VirtualCluster, tmp_path: Path
     assert job.run.status()["status"] == "preempted"  # the work is kept all the same
 
 
+def test_a_second_job_for_the_same_run_is_refused_and_does_not_come_back(
+    cluster: VirtualCluster, tmp_path: Path
+) -> None:
+    """Requeued, it would hold its nodes again and again for as long as the first makes progress."""
+    endless = ["trainer.epochs=4000", "trainer.eval_every_epochs=4000"]
+    first = submit(cluster, tmp_path, *endless, options=("--nodes=1",))
+    first.wait_for_step(1)
+    second = submit(cluster, tmp_path, *endless, options=("--nodes=1",))
+    assert second.end() == "FAILED"
+    assert f"error: job {first.id} is training in runs/run: scancel one" in second.output
+    (tmp_path / "runs" / "run" / "slurm_job").unlink()  # as it is for two that start at once: the lock decides
+    third = submit(cluster, tmp_path, *endless, options=("--nodes=1",))
+    assert third.end() == "FAILED"
+    assert re.search(r"^\[batch .*\] error: runs/run is in use by another training", third.output, re.MULTILINE)
+    (tmp_path / "runs" / "run" / "STOP").touch()
+    assert first.end() == "FAILED" and "stopped by the STOP file" in first.output
+    assert "restart 1 of it" not in first.output  # which is that of all three
+
+
 def test_wrong_settings_are_refused_before_anything_starts(started: dict[str, Job]) -> None:
     job = started["refused"]
     assert job.end() == "FAILED"
