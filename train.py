@@ -67,6 +67,8 @@ def main() -> None:
         if "--run-dir" in sys.argv:
             return print_run_directories([a for a in sys.argv[1:] if a != "--run-dir"])
         sys.argv[1:] = check_command_line(sys.argv[1:], TrainConfig)
+        if not points.split_multirun(sys.argv[1:])[0]:
+            points.refuse_sweep_file(sys.argv[1:])
     except ConfigError as error:
         refuse(error)
     with world_left_at_end(agreed_exit_codes=(EXIT_CODES["preempted"],)):

@@ -49,10 +49,15 @@ class EpochPlan:
                 f"take {' or '.join(map(str, nearest))}"
             )
         if self.num_samples < g:
+            largest = self.num_samples // (m * w) * m * w
+            advice = (
+                f"take trainer.global_batch_size={largest} or smaller"
+                if largest
+                else f"take a smaller trainer.micro_batch_size ({m}) or fewer ranks ({w}), and their product or a multiple "
+                "that fits as trainer.global_batch_size"
+            )
             raise ValueError(
-                f"the training set has {self.num_samples} images, fewer than one step's trainer.global_batch_size={g}; "
-                f"take trainer.global_batch_size={max(self.num_samples // (m * w) * m * w, m * w)} or smaller "
-                f"(and a smaller trainer.micro_batch_size where {m} is too many)"
+                f"the training set has {self.num_samples} images, fewer than one step's trainer.global_batch_size={g}; {advice}"
             )
         if self.repeats < 1 or g % self.repeats:
             raise ValueError(

@@ -103,7 +103,7 @@ def check_same_devices(world: World) -> None:
     if len(by_device) > 1:
         raise ValueError(
             f"ranks on {', '.join(sorted(by_device['cpu']))} have no CUDA device, other ranks of the job have one: look at "
-            "nvidia-smi there, keep these hosts out (sbatch --exclude=...), or say trainer.device=cpu"
+            "nvidia-smi there, keep these hosts out (sbatch --exclude=...), or say trainer.device=cpu (eval.py: device=cpu)"
         )
 
 

@@ -77,9 +77,14 @@ def single(overrides: Sequence[str]) -> Point:
             f"{', '.join(keys)} is given several values: a sweep needs -m; a value with a comma is written "
             f"'{keys[0]}=\"a,b\"'"
         )
+    refuse_sweep_file(overrides)
+    return Point("", tuple(overrides), compose_train_config(overrides))
+
+
+def refuse_sweep_file(overrides: Sequence[str]) -> None:
+    """Hydra reads sweep=NAME without -m and ignores it. Raises ConfigError."""
     if files := [o for o in overrides if o.startswith("sweep=") and o != "sweep=null"]:
         raise ConfigError(f"{files[0]} names the points of a sweep, which needs -m; without it there is one run")
-    return Point("", tuple(overrides), compose_train_config(overrides))
 
 
 def swept_keys(overrides: Sequence[str]) -> list[str]:

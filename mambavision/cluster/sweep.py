@@ -121,7 +121,10 @@ def _status(
         return "running"
     if said == "finished":
         # max_steps names no run: the same directory serves a longer one, which is then not finished yet.
-        stored = (run.stored_config() or {}).get("trainer", {}).get("max_steps")
+        try:
+            stored = (run.stored_config() or {}).get("trainer", {}).get("max_steps")
+        except ValueError:  # a config.yaml that says nothing: the next start of this point says so
+            return "failed"
         return "finished" if stored == point.cfg.trainer.max_steps else "preempted"
     if said == "running":
         return "running" if _lives_here(status) else "lost"

@@ -172,3 +172,15 @@ def test_every_range_and_choice_belongs_to_a_setting():
 @pytest.mark.parametrize("name", ["1.10", "20260101_01", "007", "1e3", "true", "'1.10'"])
 def test_a_name_that_looks_like_a_number_stays_as_it_was_typed(name: str):
     assert compose_train_config(["experiment=tiny", f"run_name={name}"]).run_name == name.strip("'")
+
+
+def test_a_sweep_file_without_a_multirun_is_no_single_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    import train
+
+    monkeypatch.setattr("sys.argv", ["train.py", "sweep=lr", *SYNTHETIC])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2
+    assert "sweep=lr names the points of a sweep, which needs -m" in capsys.readouterr().err

@@ -104,3 +104,12 @@ def test_progressive_resolution_ramps_in_steps_of_32_and_stays():
     assert resolution_at(5, 224) == 224
     with pytest.raises(ValueError, match=r"\[160,224,0,250\]"):
         resolution_at(0, 224, (128, 224))
+
+
+@pytest.mark.parametrize(
+    "micro, advice", [(8, "take trainer.global_batch_size=96 or smaller"), (64, "fewer ranks (4)")]
+)
+def test_a_set_smaller_than_a_step_is_told_a_batch_that_it_fills(micro: int, advice: str):
+    with pytest.raises(ValueError, match="has 100 images") as error:
+        EpochPlan(100, 256, micro, 0, 4)
+    assert advice in str(error.value)
