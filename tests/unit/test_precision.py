@@ -43,5 +43,5 @@ def test_asking_for_emulated_bf16_is_answered_with_what_to_type_instead(monkeypa
 
 
 def test_fp16_on_a_cpu_is_refused_with_what_to_type_instead():
-    with pytest.raises(ValueError, match="trainer.precision=bf16 or fp32"):
+    with pytest.raises(ValueError, match="type trainer.precision=bf16 .eval.py: precision=bf16., fp32 or auto"):
         resolve_precision("fp16", CPU)
