@@ -16,7 +16,7 @@ class ModelConfig:
     num_classes: int | None = None  # None: as many as the data set has
     checkpoint: str | None = None  # weights to start from: a file (ours, published) or a run's directory; not a resume
     checkpoint_weights: str = "model"  # which of our checkpoint's: model (raw) | ema (the moving average, as scored)
-    replace_head: bool = False  # with checkpoint: a fresh classifier when the class counts differ
+    replace_head: bool = False  # with checkpoint: start a fresh classifier, whatever its classes
     drop_path: float | None = None  # stochastic depth of the last block; None: the variant's own
     architecture: dict[str, Any] = field(default_factory=dict)  # create_model keywords: depths, window_size, mixer, ...
     init: str = "published"  # published | mamba (Mamba's own initialisation of the step size)
@@ -108,7 +108,8 @@ class TrainerConfig:
     expected_gpus: int | None = None  # what the preset was planned for; printed when the run differs
     precision: str = "auto"  # auto (bf16 where the hardware has it) | bf16 | fp16 | fp32
     channels_last: bool = True
-    compile: bool = False  # torch.compile the model (start-up minutes, faster steps on CUDA)
+    compile: bool = False  # torch.compile the model (minutes at the start; what it gains on CUDA is not measured)
+    grad_checkpointing: bool = False  # keep only each block's input and compute it again: less memory, slower
     deterministic: bool = False  # CUDA: deterministic kernels, slower; CPU runs are deterministic anyway
     threads: int | None = None  # CPU threads of each rank for math; None: cores / local ranks
     ema_decay: float = 0.9998  # of the weights' moving average; 0 turns it off

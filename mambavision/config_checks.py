@@ -188,6 +188,10 @@ def check_combinations(cfg: TrainConfig) -> None:
     for key in cfg.resume.allow:
         if not (key in (*known_keys(), "data.fingerprint") or key.startswith("model.architecture.")):
             raise ConfigError(f"resume.allow: {unknown_key_advice(key)}")
+    if cfg.trainer.compile and cfg.trainer.grad_checkpointing:
+        raise ConfigError(
+            "trainer.compile and trainer.grad_checkpointing have not been tried together; turn one of them off"
+        )
     if cfg.debug not in (None, "nan", "profile"):
         raise ConfigError(f"debug={cfg.debug} is not known; type debug=nan or debug=profile, or leave it out")
     if cfg.model.checkpoint is not None and not os.path.exists(cfg.model.checkpoint):

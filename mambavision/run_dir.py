@@ -57,12 +57,13 @@ ALLOWED = (
     "trainer.precision",
     "trainer.channels_last",
     "trainer.compile",
+    "trainer.grad_checkpointing",
     "trainer.deterministic",
     "trainer.threads",
     "trainer.eval_every_epochs",
 )
 # Settings that came after runs had been named, at the value that was meant before: those runs keep their names.
-_ADDED_LATER = {"model.checkpoint_weights": "model"}
+_ADDED_LATER = {"model.checkpoint_weights": "model", "trainer.grad_checkpointing": False}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,8 @@ from mambavision.telemetry.sinks import read_events
 class Start:
     """From one start of the run to the next."""
 
-    time: float
+    time: float  # of its launch
+    began: float  # when it had its checkpoint, and its first step was next
     step: int  # where it began
     resumed_from: str | None
     world_size: int
@@ -28,7 +29,7 @@ class Start:
     ending: str = "killed"  # finished, preempted, failed; killed where it could not say anything
     cause: str | None = None
     lost_steps: int = 0  # done, but done again by the next start
-    useful_seconds: float = 0.0  # spent on steps that counted
+    useful_seconds: float = 0.0  # spent on training steps that counted
     saved_as: int = 0  # `step` as the start before counted: a larger global batch has fewer steps
     no_more: bool = False  # the next launch was refused, because the starts up to this one made no progress
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -54,14 +55,28 @@ def starts(directory: Path) -> list[Start]:
     for start, following in itertools.pairwise(found):
         start.lost_steps = max(0, start.last_step - following.saved_as)
     for start in found:
-        done = start.last_step - start.step
-        start.useful_seconds = (start.last_time - start.time) * ((done - start.lost_steps) / done if done else 0.0)
+        start.useful_seconds = _seconds_up_to(start, start.last_step - start.lost_steps)
     return found
+
+
+def _seconds_up_to(start: Start, counted: int) -> float:
+    """Spent on its steps up to `counted`, as its `train` events say; evaluations and checkpoints are no steps."""
+    seconds, reached, each = 0.0, start.step, None
+    for event in start.events:
+        if event["event"] == "train" and "speed/step_seconds" in event:
+            each = event["speed/step_seconds"]
+            seconds += max(0, min(event["step"], counted) - reached) * each
+            reached = max(reached, event["step"])
+    if each is None:  # it ended before a first interval was logged
+        each = (start.last_time - start.began) / max(start.last_step - start.step, 1)
+    seconds += max(0, counted - reached) * each
+    return min(seconds, start.last_time - start.began)
 
 
 def _begun(event: dict[str, Any], launched: list[dict[str, Any]]) -> Start:
     step, resumed_from = event["step"], event.get("resumed_from")
-    start = Start(event["time"], step, resumed_from, event.get("world_size", 1), events=launched)
+    launch = launched[0]["time"] if launched else event["time"]
+    start = Start(launch, event["time"], step, resumed_from, event.get("world_size", 1), events=launched)
     start.last_step = start.saved_step = step
     start.saved_as = step_of(Path(resumed_from)) if resumed_from else step
     return start

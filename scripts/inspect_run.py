@@ -3,7 +3,8 @@
 
     python scripts/inspect_run.py runs/NAME [--json]
 
-Goodput is the share of the time between a start and its last sign of life that went into steps which counted.
+Goodput is the share of the time from each launch to its last sign of life that went into training steps which counted.
+The rest is starting up, evaluations, checkpoints, and steps that had to be done again.
 """
 
 from __future__ import annotations
@@ -83,7 +84,12 @@ def _best(history: list[Start]) -> dict[str, Any] | None:
         e["step"]: e for s in history for e in s.events if e["event"] == "eval"
     }  # of one done twice, the later
     scores = [
-        {"step": e["step"], "epoch": e["epoch"], "top1": e.get("eval/ema_top1", e["eval/top1"])}
+        {
+            "step": e["step"],
+            "epoch": e["epoch"],
+            "weights": "EMA" if "eval/ema_top1" in e else "raw",
+            "top1": e.get("eval/ema_top1", e["eval/top1"]),
+        }
         for e in evaluations.values()
     ]
     return max(scores, key=lambda s: (s["top1"], s["step"]), default=None)
@@ -103,6 +109,8 @@ def show(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     status = report["status"] or {"status": "unknown", "step": 0}
     console.print(f"{report['run']}: {status['status']} at step {status['step']}", markup=False)
+    if status.get("cause"):
+        console.print(f"cause     {status['cause']}", markup=False)
     table = Table("start", "ranks", "steps", "lasted", "ended", "lost", "cause")
     for start in report["starts"]:
         extras = [f"{start[k]} {k.replace('_', ' ')}" for k in ("rollbacks", "checkpoint_failures") if start[k]]
@@ -115,7 +123,8 @@ def show(report: dict[str, Any]) -> None:
             str(start["lost_steps"] or ""),
             "; ".join(filter(None, [_short(start["cause"]), *extras])),
         )
-    console.print(table)
+    if report["starts"]:
+        console.print(table)
     goodput = "" if report["goodput"] is None else f", goodput {100 * report['goodput']:.1f} %"
     console.print(
         f"lost      {report['lost_steps']} steps over {len(report['starts'])} starts{goodput} of "
@@ -124,7 +133,10 @@ def show(report: dict[str, Any]) -> None:
     for item in report["checkpoints"]:
         console.print(f"kept      {item['name']}: {'valid' if item['valid'] else item['reason']}", markup=False)
     if report["best"]:
-        console.print(f"best      Top-1 {report['best']['top1']:.2f} % after epoch {report['best']['epoch']}")
+        best = report["best"]
+        console.print(
+            f"best      {best['weights']} Top-1 {best['top1']:.2f} % after epoch {best['epoch']} (from 0), step {best['step']}"
+        )
     if report["nonfinite_steps"]:
         console.print(
             f"refused   {len(report['nonfinite_steps'])} steps that were not finite: nonfinite/ has their samples"

@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 _MOSTLY_START = 0.2  # share of the initial weights in the moving average at the end, above which it scores badly
 
 
-def log_start(trainer: Trainer, num_classes: int, resumed_from: str | None) -> None:
-    """What begins or goes on here, and what of it may surprise. resumed_from: the checkpoint's name."""
+def log_start(trainer: Trainer, num_classes: int, resumed_from: str | None, weights: str | None) -> None:
+    """What begins or goes on here, and what of it may surprise.
+
+    resumed_from: the name of this run's checkpoint, if it goes on; weights: the file it began from otherwise.
+    """
     cfg, world = trainer.cfg, trainer.world
+    began_from = None
+    if weights is not None and resumed_from is None:
+        kind = "EMA" if cfg.model.checkpoint_weights == "ema" else "raw"
+        began_from = f"{weights} ({kind} weights{', fresh head' if cfg.model.replace_head else ''})"
     trainer.telemetry.log(
         "start",
         hosts=sorted(set(trainer.meters.hosts)),
@@ -31,6 +38,7 @@ def log_start(trainer: Trainer, num_classes: int, resumed_from: str | None) -> N
         run_directory=str(trainer.directory),
         step=trainer.progress.step,
         resumed_from=resumed_from,
+        began_from=began_from,
         model=cfg.model.name,
         parameters=sum(p.numel() for p in trainer.raw_model.parameters()),
         num_classes=num_classes,

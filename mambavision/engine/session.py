@@ -32,6 +32,7 @@ from mambavision.engine.reporting import log_start
 from mambavision.engine.stop import StopNotice
 from mambavision.engine.trainer import Trainer
 from mambavision.engine.watchdog import Watchdog
+from mambavision.models.pretrained import find_file
 from mambavision.run_dir import RunDirectory, belongs_to, plain, run_directory, settings_hash
 from mambavision.run_history import no_progress_message, starts_without_progress
 from mambavision.telemetry.console import ConsoleSink
@@ -82,6 +83,8 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
                 f"model.num_classes={num_classes}, but the data set has {train_loader.num_classes} classes; leave "
                 "model.num_classes out"
             )
+        # One file on every rank, and the one that is told: a run directory's best may change at any time.
+        weights = distributed.on_main(world, lambda: initial_weights(cfg))
         on_main(world, run_dir, lambda: run_dir.check_data(describe_data(train_loader), cfg.resume.allow))
 
         trainer = Trainer(
@@ -89,7 +92,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
             world=world,
             plan=plan,
             precision=precision,
-            model=build_model(cfg, num_classes, world),
+            model=build_model(cfg, num_classes, weights, world),
             train_loader=train_loader,
             eval_loader=eval_loader,
             transform=BatchTransform(cfg.augment, cfg.data.mean, cfg.data.std, num_classes, seed=cfg.seed),
@@ -107,7 +110,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
         )
         try:
             resumed_from = resume(trainer, run_dir)
-            log_start(trainer, num_classes, resumed_from)
+            log_start(trainer, num_classes, resumed_from, weights)
             status = trainer.fit()
         except BaseException as error:
             own = dict(refused=bool(refusal(error)))
@@ -168,15 +171,20 @@ def set_threads(threads: int | None, world: World) -> None:
     torch.set_num_threads(threads or max(1, cores // world.local_world_size))
 
 
-def build_model(cfg: TrainConfig, num_classes: int, world: World) -> nn.Module:
-    """On the rank's device, the same initial weights on every rank."""
+def initial_weights(cfg: TrainConfig) -> str | None:
+    """The file of model.checkpoint, which may be a run directory."""
+    return None if cfg.model.checkpoint is None else str(find_file(cfg.model.checkpoint))
+
+
+def build_model(cfg: TrainConfig, num_classes: int, weights: str | None, world: World) -> nn.Module:
+    """On the rank's device, the same initial weights on every rank; weights: a checkpoint file."""
     m = cfg.model
     torch.manual_seed(cfg.seed)
     optional = {} if m.drop_path is None else {"drop_path": m.drop_path}
     model = create_model(
         m.name,
         num_classes=num_classes,
-        checkpoint=m.checkpoint,
+        checkpoint=weights,
         weights=m.checkpoint_weights,
         replace_head=m.replace_head,
         init=m.init,
@@ -185,6 +193,7 @@ def build_model(cfg: TrainConfig, num_classes: int, world: World) -> nn.Module:
         **optional,
         **m.architecture,
     ).to(world.device)
+    model.set_grad_checkpointing(cfg.trainer.grad_checkpointing)
     if cfg.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)
     choose_kernels(cfg.trainer.deterministic)

@@ -27,7 +27,7 @@ def create_model(
         name: one of list_models().
         checkpoint: file of weights, published or ours, or a run directory for its best; loaded strictly.
         num_classes: width of the head; 0: none.
-        replace_head: with a checkpoint of another number of classes: start a fresh head instead of refusing.
+        replace_head: with a checkpoint: start a fresh head, whatever classes the file's is for.
         weights: "model", or "ema" for the moving average kept in our checkpoints.
         architecture: any field of models.options.ModelOptions (depths, dim, window_size, drop_path, mixer, ...).
 

@@ -26,7 +26,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, weights: str = "model
     Args:
         path: .pt, .pth, .pth.tar or .safetensors, or the directory of a run of ours (`find_file`).
         weights: "model", or "ema" for the moving average that our checkpoints keep beside the weights.
-        replace_head: where the class counts differ, keep the model's fresh head instead of refusing.
+        replace_head: keep the model's fresh head: for other classes, be there as many or not.
 
     Raises:
         ValueError: unreadable or refused file, or weights that do not fit, listed with what to do.
@@ -134,9 +134,9 @@ def load_weights(
     """Copy a state dict into a model, strictly. `path` is for messages alone."""
     own = model.state_dict()
     classes, wanted = _classes(state), _classes(own)
-    if classes != wanted:
-        if not replace_head:
-            raise ValueError(_head_advice(path, classes, wanted))
+    if classes != wanted and not replace_head:
+        raise ValueError(_head_advice(path, classes, wanted))
+    if replace_head:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         state.update({name: value for name, value in own.items() if name.startswith("head.")})
     missing = [name for name in own if name not in state]
@@ -164,8 +164,8 @@ def _classes(state: dict[str, Tensor]) -> int:
 def _head_advice(path: str | Path, classes: int, wanted: int) -> str:
     has = f"has {classes} classes" if classes else "has no head"
     return (
-        f"checkpoint {str(path)!r} {has}, the model {wanted}; pass num_classes={classes}, "
-        "or replace_head=True (in training: model.replace_head=true) to start a fresh head"
+        f"checkpoint {str(path)!r} {has}, the model {wanted}; to start a fresh head type model.replace_head=true "
+        f"(create_model: replace_head=True, or num_classes={classes} to keep the head)"
     )
 
 

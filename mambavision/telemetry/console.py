@@ -68,6 +68,8 @@ class ConsoleSink:
             f"plan      {f['steps_per_epoch']} steps an epoch, {f['total_steps']:,} steps, {f['precision']} on "
             f"{f['device']}"
         )
+        if f.get("began_from"):
+            self._print(f"weights   {f['began_from']}")
         if f.get("resumed_from"):
             self._print(f"resume    {f['resumed_from']}, step {f['step']}")
         if self.progress is not None:

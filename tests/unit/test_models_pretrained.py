@@ -128,12 +128,14 @@ def test_a_file_that_would_run_code_is_refused_and_not_run(tmp_path, source, cap
 
 def test_a_wrong_head_size_is_an_error_that_names_both_ways_out(tmp_path, source):
     path = save(tmp_path, {"state_dict": source.state_dict()})
-    with pytest.raises(ValueError, match=r"has 5 classes, the model 7; pass num_classes=5, or replace_head=True"):
+    with pytest.raises(ValueError, match=r"has 5 classes, the model 7; .*replace_head=True, or num_classes=5"):
         build(checkpoint=path, num_classes=7)
     model = build(checkpoint=path, num_classes=7, replace_head=True)
     assert model.head.weight.shape == (7, 64) and model.head.weight.std() > 0
     assert torch.equal(model.norm.weight, source.norm.weight)
     assert torch.equal(model.levels[3].blocks[0].mixer.A_log, source.levels[3].blocks[0].mixer.A_log)
+    other = build(checkpoint=path, num_classes=5, replace_head=True)
+    assert not torch.equal(other.head.weight, source.head.weight), "five other classes"
 
 
 def test_weights_of_another_network_are_listed_and_the_right_one_is_named(tmp_path, source):

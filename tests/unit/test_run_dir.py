@@ -188,6 +188,22 @@ def test_history_tells_lost_steps_and_endings(tmp_path: Path) -> None:
     assert (second.ending, second.lost_steps, third.ending) == ("preempted", 0, "killed")
 
 
+def test_useful_time_is_that_of_steps_which_counted(tmp_path: Path) -> None:
+    """Not of starting (100 s here), of an evaluation (500 s) and of the ten steps that were done again."""
+    train = {"event": "train", "speed/step_seconds": 2.0}
+    history(
+        tmp_path,
+        {"event": "launch", "time": 1000.0},
+        started(0) | {"time": 1100.0},
+        {**train, "step": 20, "time": 1140.0},
+        {"event": "eval", "step": 20, "time": 1640.0},
+        {**train, "step": 40, "time": 1680.0},
+        started(30) | {"time": 9000.0},
+    )
+    first, _ = starts(tmp_path)
+    assert (first.last_time - first.time, first.useful_seconds) == (680.0, 60.0)
+
+
 def test_a_larger_batch_with_fewer_steps_has_lost_none(tmp_path: Path) -> None:
     larger = started(6) | {"resumed_from": "step_00000012.pt"}
     history(tmp_path, started(0), {"event": "train", "step": 13}, larger)
@@ -234,7 +250,7 @@ def test_the_best_that_is_shown_is_the_one_whose_checkpoint_is_kept(tmp_path: Pa
         for step, epoch, raw, ema in scores
     ]
     history(tmp_path, started(0), *evaluations)
-    assert inspect(tmp_path)["best"] == {"step": 30, "epoch": 1, "top1": 35.0}
+    assert inspect(tmp_path)["best"] == {"step": 30, "epoch": 1, "weights": "EMA", "top1": 35.0}
 
 
 @pytest.mark.parametrize("content", ["", "model: [b", "7"])
