@@ -92,11 +92,11 @@ def test_training_starts_from_the_weights_that_were_named_and_is_then_another_ru
     given += [f"model.checkpoint={path}", "model.checkpoint_weights=model"]
     raw, ema = compose_train_config(given), compose_train_config([*given[:-1], "model.checkpoint_weights=ema"])
     world = World(0, 1, 0, 1, torch.device("cpu"))
-    assert_same_weights(build_model(raw, 5, world), source.state_dict())
-    assert_same_weights(build_model(ema, 5, world), average)
+    assert_same_weights(build_model(raw, 5, str(path), world), source.state_dict())
+    assert_same_weights(build_model(ema, 5, str(path), world), average)
     assert run_name(raw) != run_name(ema)
     with pytest.raises(ValueError, match=r"has 5 classes, the model 7; .*model.replace_head=true"):
-        build_model(raw, 7, world)
+        build_model(raw, 7, str(path), world)
 
 
 def test_safetensors_load(tmp_path, source):
