@@ -91,6 +91,15 @@ def verify(path: Path) -> str | None:
         return f"it cannot be read: {error.strerror}"
 
 
+def refuse_damaged(path: Path) -> None:
+    """For a file that somebody names. Raises ValueError where it is one of ours and not what was written.
+
+    torch.load passes over a flipped bit. A file without our checksum may be anybody's.
+    """
+    if "xxh3_128" in (read_sidecar(path) or {}) and (reason := verify(path)) is not None:
+        raise ValueError(f"{path} is damaged: {reason}; give another checkpoint, or put a good copy of this one back")
+
+
 def _hash_file(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:

@@ -19,7 +19,7 @@ from mambavision.cluster.points import point_name
 from mambavision.compose import quoted
 from mambavision.config import AugmentConfig, EvalConfig, ModelConfig
 from mambavision.distributed import World
-from mambavision.engine import checkpoint as checkpoints
+from mambavision.engine import checkpoint
 from mambavision.engine.evaluate import evaluate
 from mambavision.engine.precision import autocast_context, resolve_precision
 from mambavision.models.pretrained import find_file, find_weights, load_weights, read_checkpoint
@@ -109,7 +109,7 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
     if not world.is_main:  # every rank lists the same folders; one of them may say that images are missing
         logging.getLogger("data.variants").setLevel(logging.ERROR)
     path = find_file(cfg.checkpoint)
-    distributed.on_main(world, lambda: check_undamaged(path))
+    distributed.on_main(world, lambda: checkpoint.refuse_damaged(path))
     content = read_checkpoint(path)
     loader = data.build_eval_loader(
         cfg.data, batch_size=cfg.batch_size, rank=world.rank, world_size=world.world_size, split=cfg.eval_set
@@ -137,12 +137,6 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
         write_atomically(out, json.dumps(record, indent=1) + "\n")
         print(f"written to {out}")
     return record
-
-
-def check_undamaged(path: Path) -> None:
-    """Raises ValueError where a checkpoint of ours is not what was written: torch.load passes over a flipped bit."""
-    if "xxh3_128" in (checkpoints.read_sidecar(path) or {}) and (reason := checkpoints.verify(path)) is not None:
-        raise ValueError(f"{path} is damaged: {reason}; give another checkpoint, or put a good copy of this one back")
 
 
 def scores_file(path: Path, content: Any, cfg: EvalConfig) -> Path:

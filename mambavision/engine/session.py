@@ -172,8 +172,12 @@ def set_threads(threads: int | None, world: World) -> None:
 
 
 def initial_weights(cfg: TrainConfig) -> str | None:
-    """The file of model.checkpoint, which may be a run directory."""
-    return None if cfg.model.checkpoint is None else str(find_file(cfg.model.checkpoint))
+    """The file of model.checkpoint, which may be a run directory. Raises ValueError where it is damaged."""
+    if cfg.model.checkpoint is None:
+        return None
+    path = find_file(cfg.model.checkpoint)
+    checkpoint.refuse_damaged(path)
+    return str(path)
 
 
 def build_model(cfg: TrainConfig, num_classes: int, weights: str | None, world: World) -> nn.Module:

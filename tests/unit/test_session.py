@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from mambavision.compose import compose_train_config
 from mambavision.distributed import World
+from mambavision.engine import checkpoint
 from mambavision.engine.session import build_model, initial_weights
 
 WORLD = World(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
@@ -33,3 +35,14 @@ def test_the_file_that_a_run_begins_from_is_the_one_its_start_names(tmp_path: Pa
 
     assert file == str(tmp_path / "checkpoints" / "step_00000003.pt")
     assert all(torch.equal(value, state[name]) for name, value in begun.state_dict().items())
+
+
+def test_weights_with_a_flipped_bit_are_not_begun_from(tmp_path: Path) -> None:
+    path = tmp_path / "step_00000003.pt"
+    checkpoint.write(path, {"model": {"weight": torch.ones(8)}}, {"step": 3})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+    with pytest.raises(ValueError, match=r"step_00000003.pt is damaged: its checksum does not match"):
+        initial_weights(compose_train_config([*TINY, f"model.checkpoint={path}"]))
