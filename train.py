@@ -52,7 +52,10 @@ def placed(cfg: TrainConfig) -> TrainConfig:
     if hydra_cfg.mode != RunMode.MULTIRUN:
         return cfg
     sweeper_keys = list(hydra_cfg.sweeper.get("params") or {})
-    return points.place_in_multirun(cfg, sys.argv[1:], hydra_cfg.overrides.task, sweeper_keys)
+    point = points.place_in_multirun(cfg, sys.argv[1:], hydra_cfg.overrides.task, sweeper_keys)
+    if cfg.logger.console != "off" and os.environ.get("RANK", "0") == "0":
+        print(f"point     {hydra_cfg.job.num + 1}: {', '.join(point.logger.tags[len(cfg.logger.tags) :])}", flush=True)
+    return point
 
 
 def print_run_directories(arguments: list[str]) -> None:
