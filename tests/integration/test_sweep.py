@@ -22,6 +22,8 @@ def test_a_sweep_under_torchrun_finishes_every_point_in_its_own_directory(tmp_pa
     words = ["-m", *SHORT, f"output_dir={tmp_path}", "run_name=lr", "optimizer.lr=1e-3,2e-3"]
     done = train(*words, ranks=2, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith("point")]
+    assert told == ["point     1: optimizer.lr=0.001", "point     2: optimizer.lr=0.002"], "by rank 0 alone"
     points = sorted(tmp_path.glob("lr/*"))
     assert [p.name for p in points] == ["optimizer.lr=0.001", "optimizer.lr=0.002"]
     for point, lr in zip(points, (1e-3, 2e-3)):
