@@ -112,7 +112,7 @@ def choose_backend(
             f"scan backend {asked!r} does not exist; choose one of {', '.join(BACKENDS)} "
             f"(scan_backend=..., or the environment variable {ENVIRONMENT_OVERRIDE})"
         )
-    if asked == "reference" or dtype == torch.float64:
+    if asked == "reference" or dtype == torch.float64 or device == "meta":  # there only shapes are worked out
         return "reference"
     if is_exported_to_onnx():
         if asked != "auto":
@@ -162,8 +162,7 @@ def _automatic(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int]
         return choose_cuda_backend(problem, torch.device("cuda"))
     if device == "cpu" and dtype in _CPU_DTYPES:
         return "cpu" if _cpu_available() else "reference"
-    if device != "meta":
-        _warn_slow(f"there is no fast scan for {dtype} tensors on {device}")
+    _warn_slow(f"there is no fast scan for {dtype} tensors on {device}")
     return "reference"
 
 

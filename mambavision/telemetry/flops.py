@@ -6,14 +6,17 @@ Counted are the products (linear layers, convolutions, attention), forward once 
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 from torch.func import functional_call
 
 # Dense bfloat16 (float16 where there is none) products with float32 sums, TFLOP/s, by NVIDIA's data sheets. The first
-# name that occurs in torch.cuda.get_device_name() counts.
+# name whose words occur in torch.cuda.get_device_name() counts: an RTX A4000 is no A40.
 _PEAK_TFLOPS = {
     "B200": 2250.0,
+    "GB200": 2500.0,
     "GH200": 989.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -37,10 +40,10 @@ _PEAK_TFLOPS = {
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s of the processor's data sheet; None for one that is not listed, and for fp32."""
-    if precision not in ("bf16", "fp16"):
+    """FLOP/s of the processor's data sheet; None for one that is not listed, for a slice of one (MIG), and for fp32."""
+    if precision not in ("bf16", "fp16") or " MIG " in device_name:
         return None
-    return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+    return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 @torch.no_grad()

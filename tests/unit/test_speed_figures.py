@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mambavision import create_model
+from mambavision.ops.selective_scan import BACKENDS
 from mambavision.telemetry.flops import peak_flops, training_flops
 from mambavision.telemetry.meters import StepMeters
 
@@ -30,6 +31,18 @@ def test_the_peak_is_the_data_sheets_and_unknown_elsewhere() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "fp16") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") is None
     assert peak_flops("Some GPU of 2030", "bf16") is None
+    assert peak_flops("NVIDIA A40", "bf16") == 149.7e12
+    assert peak_flops("NVIDIA RTX A4000", "bf16") is None, "no A40"
+    assert peak_flops("NVIDIA RTX A1000", "bf16") is None, "no A100"
+    assert peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16") is None, "a seventh of one"
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "auto"])
+def test_operations_are_counted_whatever_scan_is_asked_for(backend: str) -> None:
+    """They are counted on the meta device; a GPU's scan asked for by name ended rank 0's start there."""
+    settings = dict(num_classes=10, dim=16, in_dim=8, depths=(1, 1, 2, 2), num_heads=(1, 1, 2, 2))
+    model = create_model("mambavision_nano", scan_backend=backend, **settings)
+    assert training_flops(model, 32) > 1e6
 
 
 def test_a_slow_step_is_told_from_time_between_steps() -> None:
