@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.beton import Beton, partial_path
-from data.class_names import first_difference
+from data.class_names import class_names, first_difference
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -109,7 +109,10 @@ def verify(beton: Beton, *, checksum: bool = False) -> Manifest:
 def check_numbering(beton: Path, manifest: Manifest) -> None:
     """Compare the classes with those of the training file beside it. Raises ValueError where they are others."""
     training = read_manifest(beton.with_name("train.beton"))
-    if training is not None and (difference := first_difference(training.classes, manifest.classes)):
+    if training is None:
+        return
+    # Names that are numbers say nothing: those of a file without a manifest are, whatever its classes are called.
+    if difference := first_difference(class_names(training.classes), class_names(manifest.classes)):
         raise ValueError(
             f"{beton} numbers its classes otherwise than train.beton beside it ({difference}); write both from one "
             "source with scripts/prepare_data.py --force"

@@ -47,8 +47,8 @@ def starts(directory: Path) -> list[Start]:
             launched = None
         elif launched is not None:
             launched.append(event)
-            if found and event["event"] == "stop":
-                found[-1].no_more |= NO_PROGRESS in (event.get("cause") or "")
+        if found and event["event"] == "stop":  # of a refused launch; earlier versions logged none before it
+            found[-1].no_more |= NO_PROGRESS in (event.get("cause") or "")
         if launched is None and found:
             _add(found[-1], event)
     _add_heartbeats(found, directory, until=launched[0]["time"] if launched else math.inf)

@@ -10,6 +10,7 @@ from data import build_eval_loader
 from data.class_names import class_names, first_difference, renumbered
 from data.conversion import WriteSettings, write_beton
 from data.datasets import list_folder
+from data.manifest import manifest_path
 from mambavision.config import DataConfig, EvalConfig, ModelConfig
 from mambavision.distributed import World
 from mambavision.engine.score import check_classes
@@ -106,3 +107,12 @@ def test_a_val_file_of_other_classes_than_the_train_file_beside_it_is_refused(tm
         build_eval_loader(DataConfig(path=str(tmp_path), num_workers=1), batch_size=4)
     assert check_data.main([str(tmp_path), "--split", "val", "--num-workers", "1"]) == 1
     assert "numbers its classes otherwise" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_val_file_of_ffcvs_own_writer_is_taken_beside_a_train_file_of_ours(tmp_path):
+    """It has no manifest, so that its classes have numbers for names."""
+    make_betons(make_folder(tmp_path / "in"), tmp_path)
+    manifest_path(tmp_path / "val.beton").unlink()
+    loader = build_eval_loader(DataConfig(path=str(tmp_path), num_workers=1), batch_size=4)
+    assert (loader.num_classes, loader.class_names) == (3, None)
+    loader.close()

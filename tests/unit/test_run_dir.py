@@ -243,6 +243,11 @@ def test_a_launch_that_was_refused_changes_nothing_about_the_start_before(tmp_pa
         assert len(starts_without_progress(tmp_path, 20)) == (0 if NO_PROGRESS in cause else 1)
 
 
+def test_a_refusal_that_an_earlier_version_logged_without_a_launch_counts_as_one(tmp_path: Path) -> None:
+    history(tmp_path, started(20), failed(25), refused(f"ValueError: {NO_PROGRESS}: the last 1 ..."))
+    assert starts_without_progress(tmp_path, 20) == []
+
+
 def test_the_best_that_is_shown_is_the_one_whose_checkpoint_is_kept(tmp_path: Path) -> None:
     scores = [(15, 0, 40.0, 60.0), (15, 0, 40.0, 30.0), (30, 1, 10.0, 35.0), (45, 2, 39.0, 34.0)]  # 15 is done again
     evaluations = [
