@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -18,6 +19,8 @@ from mambavision.run_lock import RunLock
 from mambavision.telemetry.sinks import Telemetry
 
 T = TypeVar("T")
+# What a file system on the network says while it is away.
+_MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN)
 
 
 @contextlib.contextmanager
@@ -40,12 +43,17 @@ def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World, stop: StopNoti
 
 
 def on_main(world: World, run_dir: RunDirectory, work: Callable[[], T]) -> T:
-    """`distributed.on_main` for work in the run directory: a full or forbidden disk is the user's to mend, on all ranks."""
+    """`distributed.on_main` for work in the run directory: a full or forbidden disk is the user's to mend, on all ranks.
+
+    A storage that fails for a while is not: that ends the start as a fault, after which it may be tried again.
+    """
 
     def advised() -> T:
         try:
             return work()
         except OSError as error:
+            if error.errno in _MAY_PASS:
+                raise
             raise ValueError(
                 f"cannot use {error.filename or run_dir.path}: {error.strerror}; free space, mend its permissions, or give "
                 "another output_dir=DIR"

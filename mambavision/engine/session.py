@@ -206,12 +206,11 @@ def build_model(cfg: TrainConfig, num_classes: int, weights: str | None, world: 
 
 def choose_kernels(deterministic: bool) -> None:
     """For CUDA: those that repeat every bit, or those that are fastest. An earlier point of a sweep may have chosen others."""
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler: seconds
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # without it cuBLAS may add in another order each time
+    if deterministic:  # without it cuBLAS may add in another order each time
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def build_telemetry(cfg: TrainConfig, run_dir: RunDirectory, world: World) -> Telemetry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def test_a_full_disk_at_the_start_is_advice_and_not_a_traceback(tmp_path: Path) 
         on_main(WORLD, RunDirectory(tmp_path), full_disk)
 
 
+def test_a_storage_that_is_away_for_a_while_is_no_refusal(tmp_path: Path) -> None:
+    """A refused run is not put back into the queue."""
+
+    def stale() -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(OSError, match="Stale file handle"):
+        on_main(WORLD, RunDirectory(tmp_path), stale)
+
+
 def test_checkpoints_that_cannot_be_written_are_found_before_the_training(tmp_path: Path) -> None:
     """A colleague's directory below a shared one, for instance."""
     (tmp_path / "checkpoints" / "writable").mkdir(parents=True)
@@ -44,6 +55,15 @@ def test_a_status_that_cannot_be_written_does_not_hide_why_the_start_failed(tmp_
         raise ValueError("the data set has 3 classes")
 
 
+def test_a_start_without_deterministic_kernels_does_not_wait_for_torchs_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch imports it when it is asked to choose: 900 modules, four to ten seconds of every start."""
+    calls: list[object] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *arguments, **_: calls.append(arguments))
+    choose_kernels(False)
+    assert calls == []
+
+
+@pytest.mark.slow
 def test_deterministic_kernels_are_for_the_run_that_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The points of a sweep share a process."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
