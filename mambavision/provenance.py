@@ -22,7 +22,8 @@ from mambavision.run_dir import write_atomically
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "ffcv", "triton", "mamba-ssm")
-_CODE = ("*.py", "*.yaml", "*.yml", "*.toml", "*.cpp", "*.h", "*.cu", "*.sh", "*.sbatch")  # data may lie in a clone too
+# Data and runs, each with its config.yaml, may lie in a clone too.
+_CODE = ("*.py", "conf/*.yaml", "*.toml", "*.cpp", "*.h", "*.cu", "*.sh", "*.sbatch")
 _GIT_SECONDS = 20.0  # for each command; a clone on a network file system may take some
 _LARGEST_DIFF = 4 << 20  # bytes; more is no change of code
 
@@ -30,13 +31,13 @@ _LARGEST_DIFF = 4 << 20  # bytes; more is no change of code
 def record(run_directory: Path) -> dict[str, Any]:
     """The card of this start; writes code/<hash>.diff below the run directory where there are uncommitted changes.
 
-    Keys: command, code (the revision's 40 digits or None), uncommitted (that file's path in the run directory or
-    None), python, packages (name -> version, of those that are installed).
+    Keys: command, code (the revision's 40 digits or None), uncommitted (that file's path in the run directory, None
+    without changes), python, packages (name -> version, of those that are installed).
     """
     revision, diff = code_state(_ROOT)
-    uncommitted = None
+    uncommitted = "changes that were not kept" if diff is None else None
     if diff:
-        uncommitted = f"code/{hashlib.sha256(diff.encode()).hexdigest()[:12]}.diff"
+        uncommitted = f"code/{hashlib.sha256(diff).hexdigest()[:12]}.diff"
         _keep(run_directory / uncommitted, diff)
     return {
         "command": shlex.join(sys.argv),
@@ -61,45 +62,50 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return changes
 
 
-def code_state(root: Path) -> tuple[str | None, str]:
-    """The revision that is checked out at `root`, and the difference of the working tree's code from it.
+def code_state(root: Path) -> tuple[str | None, bytes | None]:
+    """The revision that is checked out at `root`, and the working tree's code as a difference from it.
 
-    (None, "") where the code is not under git's eyes: a package installed within somebody else's clone, for instance.
+    (None, b"") where the code is not under git's eyes: a package installed within somebody else's clone, for instance.
+    The difference is None where git does not give it or it is too large.
     """
     if _git(root, "ls-files", "--error-unmatch", "mambavision/__init__.py") is None:
-        return None, ""
-    revision = (_git(root, "rev-parse", "HEAD") or "").strip() or None
-    index = _git(root, "rev-parse", "--git-path", "index")
+        return None, b""
+    revision, index = _git(root, "rev-parse", "HEAD"), _git(root, "rev-parse", "--git-path", "index")
     if revision is None or index is None:
-        return revision, ""
+        return None, b""
+    try:
+        diff = _difference(root, root / os.fsdecode(index.strip()))
+    except OSError:  # a full /tmp must not end a training
+        diff = None
+    return revision.strip().decode(), diff if diff is None or len(diff) <= _LARGEST_DIFF else None
+
+
+def _difference(root: Path, index: Path) -> bytes | None:
+    """New files belong to it; they are announced in a copy of the index, the clone's own stays as it is."""
     with tempfile.TemporaryDirectory() as scratch:
-        # New files belong to the changes; they are announced in a copy of the index, the clone's own stays as it is.
-        copy = Path(shutil.copy(root / index.strip(), scratch))
-        with_new_files = os.environ | {"GIT_INDEX_FILE": str(copy)}
-        new_files = (_git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *_CODE) or "").split("\0")[
-            :-1
-        ]
-        if new_files:
+        with_new_files = os.environ | {"GIT_INDEX_FILE": str(shutil.copy(index, scratch))}
+        listed = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *_CODE) or b""
+        if new_files := [os.fsdecode(name) for name in listed.split(b"\0") if name]:
             _git(root, "add", "--intent-to-add", "--", *new_files, env=with_new_files)
-        diff = _git(root, "diff", "HEAD", "--no-color", "--no-ext-diff", "--", *_CODE, env=with_new_files)
-    return revision, diff if diff and len(diff) <= _LARGEST_DIFF else ""
+        form = ("--no-color", "--no-ext-diff", "--src-prefix=a/", "--dst-prefix=b/")  # whatever the user's git says
+        return _git(root, "diff", "HEAD", *form, "--", *_CODE, env=with_new_files)
 
 
-def _git(root: Path, *arguments: str, env: dict[str, str] | None = None) -> str | None:
+def _git(root: Path, *arguments: str, env: dict[str, str] | None = None) -> bytes | None:
     """Its output, or None where it failed, took too long or is not there."""
     command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_GIT_SECONDS, env=env)
+        done = subprocess.run(command, capture_output=True, timeout=_GIT_SECONDS, env=env)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
 
 
-def _keep(path: Path, text: str) -> None:
+def _keep(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
-            write_atomically(path, text)
+            write_atomically(path, content)
     except OSError as error:
         print(f"warning   {path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 

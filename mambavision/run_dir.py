@@ -62,7 +62,8 @@ ALLOWED = (
     "trainer.threads",
     "trainer.eval_every_epochs",
 )
-# Settings that came after runs had been named, at the value that was meant before: those runs keep their names.
+# Settings that came after runs had been named, at the value that was meant before: those runs keep their names, and
+# nothing has changed about them.
 _ADDED_LATER = {"model.checkpoint_weights": "model", "trainer.grad_checkpointing": False}
 
 
@@ -202,12 +203,12 @@ def _change(before: Any, now: Any) -> str:
     return f"number {index} was {before[index : index + 1]}, is {now[index : index + 1]}"
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Readers see the old content or the new, never a part; fsynced."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -226,7 +227,7 @@ def plain(value: Any) -> Any:
 
 def config_changes(stored: dict[str, Any], current: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings whose value differs from the stored run's: key -> (stored, current)."""
-    before, after = flatten(stored), flatten(plain(asdict(current)))
+    before, after = _ADDED_LATER | flatten(stored), flatten(plain(asdict(current)))
     return {k: (before.get(k), after.get(k)) for k in sorted({*before, *after}) if before.get(k) != after.get(k)}
 
 

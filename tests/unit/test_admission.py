@@ -55,7 +55,9 @@ def test_a_status_that_cannot_be_written_does_not_hide_why_the_start_failed(tmp_
         raise ValueError("the data set has 3 classes")
 
 
-def test_a_start_without_deterministic_kernels_does_not_wait_for_torchs_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_without_deterministic_kernels_does_not_wait_for_torchs_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """torch imports it when it is asked to choose: 900 modules, four to ten seconds of every start."""
     calls: list[object] = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *arguments, **_: calls.append(arguments))

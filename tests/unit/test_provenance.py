@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,30 +31,41 @@ def clone(tmp_path: Path) -> Path:
 
 
 def test_a_clean_clone_is_its_revision(clone: Path):
-    assert provenance.code_state(clone) == (git(clone, "rev-parse", "HEAD").strip(), "")
+    assert provenance.code_state(clone) == (git(clone, "rev-parse", "HEAD").strip(), b"")
 
 
 def test_the_diff_brings_a_clean_clone_to_the_code_that_ran_new_files_included(clone: Path, tmp_path: Path):
     (clone / "mambavision" / "__init__.py").write_text("one = 2\n")
-    (clone / "mambavision" / "idea.py").write_text("new = True\n")
+    (clone / "mambavision" / "idea.py").write_bytes(b"new = True\r\n")
     (clone / "images.bin").write_bytes(b"no code" * 100)
+    (clone / "experiments").mkdir()
+    (clone / "experiments" / "config.yaml").write_text("of: a run\n")
+    git(clone, "config", "diff.noprefix", "true")
     status = git(clone, "status", "--porcelain")
 
     _, diff = provenance.code_state(clone)
 
-    (tmp_path / "changes.diff").write_text(diff)
+    (tmp_path / "changes.diff").write_bytes(diff)
     git(tmp_path, "clone", "-q", str(clone), "again")
     git(tmp_path / "again", "apply", str(tmp_path / "changes.diff"))
     assert (tmp_path / "again" / "mambavision" / "__init__.py").read_text() == "one = 2\n"
-    assert (tmp_path / "again" / "mambavision" / "idea.py").read_text() == "new = True\n"
-    assert "images.bin" not in diff
+    assert (tmp_path / "again" / "mambavision" / "idea.py").read_bytes() == b"new = True\r\n"
+    assert b"images.bin" not in diff and b"config.yaml" not in diff
     assert git(clone, "status", "--porcelain") == status, "the user's index stays as it was"
 
 
 def test_code_that_lies_in_somebody_elses_clone_has_no_revision(clone: Path):
     package = clone / ".venv" / "site-packages"
     package.mkdir(parents=True)
-    assert provenance.code_state(package) == (None, "")
+    assert provenance.code_state(package) == (None, b"")
+
+
+def test_changes_that_cannot_be_told_do_not_end_a_start_and_are_not_taken_for_none(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(provenance, "_ROOT", clone)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "away"))  # as a full /tmp, which Python does not use then
+    assert provenance.record(tmp_path)["uncommitted"] == "changes that were not kept"
 
 
 def test_the_uncommitted_changes_are_kept_with_the_run(clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

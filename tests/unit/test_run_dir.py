@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from mambavision.compose import compose_train_config
-from mambavision.run_dir import RunDirectory, run_name, write_atomically
+from mambavision.config import ModelConfig, TrainConfig
+from mambavision.run_dir import RunDirectory, check_resume, plain, run_name, write_atomically
 from mambavision.run_history import NO_PROGRESS, starts, starts_without_progress
 from mambavision.run_lock import LockLost, RunLock
 from scripts.inspect_run import inspect
@@ -256,6 +258,14 @@ def test_the_best_that_is_shown_is_the_one_whose_checkpoint_is_kept(tmp_path: Pa
     ]
     history(tmp_path, started(0), *evaluations)
     assert inspect(tmp_path)["best"] == {"step": 30, "epoch": 1, "weights": "EMA", "top1": 35.0}
+
+
+def test_a_setting_that_came_later_is_no_change_of_an_older_run() -> None:
+    stored = plain(asdict(TrainConfig()))
+    del stored["model"]["checkpoint_weights"]
+    assert check_resume(stored, TrainConfig()) == []
+    (change,) = check_resume(stored, replace(TrainConfig(), model=ModelConfig(checkpoint_weights="ema")))
+    assert change == "model.checkpoint_weights: 'model' -> 'ema'"
 
 
 @pytest.mark.parametrize("content", ["", "model: [b", "7"])
