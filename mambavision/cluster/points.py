@@ -94,8 +94,16 @@ def swept_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def sweep_name(overrides: Sequence[str]) -> str:
-    """The sweep's directory under output_dir and its W&B group: the explicit run_name, else a hash of what is swept."""
+    """The sweep's directory under output_dir and its W&B group: the explicit run_name, else a hash of what is swept.
+
+    Raises ConfigError where run_name itself is given several values.
+    """
     parsed = OverridesParser.create().parse_overrides([o for o in overrides if o.startswith("run_name=")])
+    if parsed and parsed[-1].is_sweep_override():
+        raise ConfigError(
+            f"{parsed[-1].input_line} gives several values: run_name names a sweep, whose points are named by what is varied; "
+            "vary a setting, for instance seed=0,1"
+        )
     if parsed and (explicit := str(parsed[-1].value())).strip():
         return explicit
     settings = sorted(o for o in overrides if o.split("=", 1)[0].split(".")[0] not in ("hydra", "logger", "output_dir"))

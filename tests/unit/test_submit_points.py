@@ -60,6 +60,16 @@ def test_a_sweep_file_without_m_is_not_one_run_of_the_defaults() -> None:
         points.single([*TINY, "sweep=seeds"])
 
 
+def test_run_name_is_not_varied() -> None:
+    """Its several values made one directory, named by the object that Hydra makes of them."""
+    with pytest.raises(ConfigError, match="run_name=a,b gives several values: run_name names a sweep"):
+        points.expand([*TINY, "run_name=a,b"])
+    with pytest.raises(ConfigError, match="run_name names a sweep"):
+        points.place_in_multirun(
+            compose_train_config([*TINY, "run_name=a"]), ["run_name=a,b", "-m"], ["run_name=a"], []
+        )
+
+
 def test_every_wrong_point_is_named_and_none_is_returned() -> None:
     with pytest.raises(ConfigError, match=r"2 of 3 points cannot run:\noptimizer.lr=abc: .*\noptimizer.lr=-1: "):
         points.expand([*TINY, "optimizer.lr=abc,-1,1e-3"])
