@@ -121,13 +121,14 @@ def check_data(cfg: TrainConfig) -> list[Finding]:
     if data.source == "folder":
         return [_check_split_folder(root, split) for split in ("train", "val")]
     from data.beton import open_beton
-    from data.manifest import verify
+    from data.manifest import check_numbering, verify
 
     findings = []
     for split in ("train", "val"):
         path = root / f"{split}.beton"
         try:
             manifest = verify(open_beton(path))
+            check_numbering(path, manifest)
         except (ValueError, OSError) as error:
             findings.append(Finding("error", "data", _first_line(error), "write it again with scripts/prepare_data.py"))
             continue

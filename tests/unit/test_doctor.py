@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.manifest import manifest_path
 from mambavision import distributed
 from mambavision.cluster import doctor, doctor_device, sizing
 from mambavision.cluster.doctor import Plan
@@ -54,6 +55,15 @@ def test_data_smaller_than_a_step_is_an_error_before_anything_is_submitted(tmp_p
     assert "24 images, 3 classes, fewer than one step's trainer.global_batch_size=32" in str(
         doctor.check_data(compose_train_config(words))[0]
     )
+
+
+def test_a_val_file_that_numbers_its_classes_otherwise_is_an_error_before_anything_is_submitted(tmp_path: Path) -> None:
+    make_betons(make_folder(tmp_path / "folder"), tmp_path)
+    manifest = manifest_path(tmp_path / "val.beton")
+    manifest.write_text(manifest.read_text().replace("class_0", "zebra"))
+    batch = ["trainer.global_batch_size=8", "trainer.micro_batch_size=4"]
+    findings = doctor.check_data(compose_train_config([*TINY, *batch, "data=ffcv", f"data.path={tmp_path}"]))
+    assert [f.level for f in findings] == ["ok", "error"] and "class 0 was 'class_0', is 'zebra'" in str(findings[1])
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "valid", "test"])
@@ -130,6 +140,7 @@ from dataclasses import replace
 
 import torch
 
+from data.manifest import manifest_path
 from mambavision import distributed
 from scripts import doctor
 

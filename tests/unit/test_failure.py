@@ -17,7 +17,10 @@ RANK1 = replace(RANK0, rank=1, local_rank=1)
 
 
 @pytest.mark.parametrize("refused", [True, False])
-def test_where_another_rank_refuses_the_job_is_not_started_again(tmp_path: Path, refused: bool) -> None:
+def test_where_another_rank_refuses_the_job_is_not_started_again(
+    tmp_path: Path, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mambavision.engine.failure._WAIT_SECONDS", 0.0)
     since = time.time()
     leave_note(tmp_path, RANK1, ValueError("4 images of this epoch could not be read"), 7, refused=refused)
     consequence = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
