@@ -209,21 +209,24 @@ def check_batch(cfg: TrainConfig, plan: Plan) -> Finding:
 
 
 def check_time(cfg: TrainConfig, plan: Plan, img_per_sec: float | None = None) -> Finding:
-    """Expected duration against the job's limit. img_per_sec: of the whole job, if it is known."""
+    """Expected duration, a lower bound unless img_per_sec (of the whole job) is known, against the job's limit."""
     rate = img_per_sec or (sizing.expected_train_img_per_sec(cfg.model.name) or 0) * plan.world_size
     on_cpu = cfg.trainer.device == "cpu" and not img_per_sec
     if on_cpu or not rate or cfg.data.source == "synthetic":
         return Finding("ok", "time", "no expectation for this model on this device; the log's eta tells")
     images = train_images(cfg)
     total = sizing.hours((cfg.trainer.epochs + cfg.schedule.cooldown_epochs) * images, rate)
-    source = "as given" if img_per_sec else "expected: a third of the published inference rate"
-    told = f"about {total:.1f} h at {rate:.0f} img/s ({source})"
+    if img_per_sec:
+        about, source = "about", "as given"
+    else:  # docs/cluster.md, "How large, how long"
+        about, source = "at least", "a third of the published inference rate; plan with two to three times the hours"
+    told = f"{about} {total:.1f} h at {rate:.0f} img/s ({source})"
     if plan.limit_seconds is None:
         return Finding("ok", "time", told)
     allocations = total * 3600 / max(plan.limit_seconds, 1)
     told += f"; the limit is {plan.limit_seconds / 3600:.1f} h"
     if allocations > 1:
-        told += f", so about {int(allocations) + 1} allocations, each continuing the last"
+        told += f", so {about} {int(allocations) + 1} allocations, each continuing the last"
     if allocations <= 20:
         return Finding("ok", "time", told)
     return Finding("warning", "time", told, "ask for a longer limit or more nodes")

@@ -106,7 +106,9 @@ def test_time_is_told_against_the_limit(tmp_path: Path) -> None:
     cfg = compose_train_config(["model=mambavision_t", f"data.path={tmp_path}"])
     told = doctor.check_time(cfg, Plan(4, 8, limit_seconds=3600)).message
     hours = 300 * sizing.IMAGENET_TRAIN_IMAGES / (32 * 6298 / 3) / 3600
-    assert f"about {hours:.1f} h" in told and f"about {int(hours) + 1} allocations" in told
+    assert f"at least {hours:.1f} h" in told and f"at least {int(hours) + 1} allocations" in told
+    given = doctor.check_time(cfg, Plan(4, 8, limit_seconds=3600), img_per_sec=32 * 6298 / 3).message
+    assert f"about {hours:.1f} h" in given and "as given" in given
     assert doctor.check_time(cfg, Plan(1, 1, limit_seconds=60)).level == "warning"
 
 
