@@ -149,8 +149,8 @@ class GuardConfig:
 class WatchdogConfig:
     heartbeat_seconds: float = 10.0  # how often each rank says that it lives
     stall_seconds: float = 300.0  # without a step for this long every rank dumps its stacks
-    start_timeout_seconds: float = 600.0  # all ranks of a start have met
-    init_timeout_seconds: float = 1800.0  # collectives before the first step is done (data, compilation)
+    start_timeout_seconds: float = 600.0  # how long the ranks of a start wait for each other
+    init_timeout_seconds: float = 1800.0  # timeout of collectives until the first step is done: data, compilation
     step_timeout_seconds: float = 600.0  # collectives afterwards
 
 

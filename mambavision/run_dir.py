@@ -243,7 +243,6 @@ def check_resume(stored: dict[str, Any], current: TrainConfig) -> list[str]:
         table = "\n".join(f"  {k}: {a!r} -> {b!r}" for k, (a, b) in refused.items())
         raise ValueError(
             f"this run was started with other settings:\n{table}\nstart another run with run_name=NAME, take the "
-            "stored values, "
-            f"or allow the change: 'resume.allow=[{','.join(refused)}]'"
+            f"stored values, or allow the change: 'resume.allow=[{','.join(refused)}]'"
         )
     return [f"{k}: {a!r} -> {b!r}" for k, (a, b) in changes.items()]

@@ -131,8 +131,7 @@ def newest_valid(
         reasons = "\n".join(f"  {r.path.name}: {r.reason}" for r in refused)
         raise CheckpointError(
             f"none of the {len(refused)} checkpoints in {directory} is valid:\n{reasons}\nNothing was changed. "
-            "Put a good copy "
-            "back (with its .json), or start another run with run_name=NAME"
+            "Put a good copy back (with its .json), or start another run with run_name=NAME"
         )
     return None, refused
 
@@ -157,8 +156,7 @@ def load(path: Path) -> dict[str, Any]:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{path} holds more than tensors and plain values and was not loaded ({reason}). Use a checkpoint "
-            "that this "
-            "program has written, or start another run with run_name=NAME"
+            "that this program has written, or start another run with run_name=NAME"
         ) from error
 
 

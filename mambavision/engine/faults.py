@@ -1,4 +1,4 @@
-"""Faults on order, so that tests can prove what happens: off unless MAMBAVISION_FAULT is set. Owns no recovery.
+"""Injects faults, so that tests can prove what happens: off unless MAMBAVISION_FAULT is set. Owns no recovery.
 
     MAMBAVISION_FAULT="kill@25:1"                 rank 1 dies by SIGKILL before step 25
     MAMBAVISION_FAULT="nan@12-17:0,kill@20/rename"  several, over several steps, at another place of the code

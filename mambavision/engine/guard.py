@@ -111,8 +111,8 @@ class Guard:
         if self.rollbacks >= self.cfg.max_rollbacks:
             raise TrainingFailed(
                 f"{cause}, after {self.rollbacks} rollback(s) (guard.max_rollbacks={self.cfg.max_rollbacks}). The "
-                "good checkpoints "
-                "are kept; look at the samples in nonfinite/, lower optimizer.lr, or find the place with debug=nan"
+                "good checkpoints are kept; look at the samples in nonfinite/, lower optimizer.lr, or find the place "
+                "with debug=nan"
             )
         self.rollbacks += 1
         self.refused_in_a_row.zero_()

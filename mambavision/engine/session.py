@@ -160,8 +160,8 @@ def agreed_run_directory(cfg: TrainConfig) -> str:
     if len(set(hashes)) > 1:
         raise ValueError(
             f"the ranks have composed different configurations (hashes by rank: {', '.join(hashes)}): give every "
-            "node the same "
-            "command and the same conf/, and a sweeper that draws its points a seed, e.g. hydra.sweeper.sampler.seed=0"
+            "node the same command and the same conf/, and a sweeper that draws its points a seed, e.g. "
+            "hydra.sweeper.sampler.seed=0"
         )
     return distributed.broadcast_object(run_directory(cfg))
 

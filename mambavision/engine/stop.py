@@ -42,7 +42,8 @@ class StopNotice:
 
     def __enter__(self) -> StopNotice:
         for number in _SIGNALS:
-            # Only nohup's wish is kept: slurm/train.sbatch starts torchrun deaf to USR1, and the ranks inherit that.
+            # Of inherited "ignore" settings only nohup's (SIGHUP) is respected: slurm/train.sbatch starts torchrun ignoring
+            # USR1, and the ranks inherit that.
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             self.previous[number] = signal.signal(number, self._notice)

@@ -229,7 +229,8 @@ class Downsample(nn.Module):
 @torch.no_grad()
 def _init_linear(layer: nn.Linear) -> None:
     # Normal with std 0.02, truncated at +-2, drawn as timm draws it: through the inverse distribution. The bounds cut no more than
-    # the infinities at both ends. torch's own trunc_normal_ draws otherwise (in 2.14); the seed alone is to count.
+    # the infinities at both ends. torch's own trunc_normal_ draws otherwise (in 2.14); this is so that the initial weights
+    # depend on the seed only, not on torch's version.
     layer.weight.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
