@@ -163,6 +163,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_named(broken_folder, nu
     assert list(loader.corrupt.found) == [str(source.path(broken))] and "0007.jpg" in caplog.text
 
 
+@pytest.mark.slow
 def test_one_bad_image_does_not_end_a_run_on_a_small_set(broken_folder):
     """One of 30 is more than the default share, and of 9 more than any share one would give."""
     data = DataConfig(source="folder", path=str(broken_folder), image_size=32, num_workers=1)
@@ -173,6 +174,7 @@ def test_one_bad_image_does_not_end_a_run_on_a_small_set(broken_folder):
         loader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "broken", "advice"),
     [

@@ -78,6 +78,7 @@ def test_a_command_that_ends_well_leaves_the_group(group: None, exit_code: int |
     assert comes_true(lambda: not has_gloo_threads()) and not dist.is_initialized()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [SystemExit(1), RuntimeError("a rank is gone")])
 def test_a_command_that_fails_does_not_wait_for_the_groups_threads(group: None, failure: BaseException) -> None:
     with pytest.raises(type(failure)), world_left_at_end():

@@ -117,6 +117,7 @@ def test_an_owner_whose_lock_was_taken_learns_it_at_its_next_heartbeat(tmp_path:
 BASE = ("model=mambavision_t", "data.path=/data/imagenet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

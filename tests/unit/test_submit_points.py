@@ -20,6 +20,7 @@ def test_a_sweep_is_the_product_of_its_values_in_the_order_given() -> None:
     assert names == [f"optimizer.lr={lr},seed={seed}" for lr in ("0.001", "0.002") for seed in (0, 1)]
 
 
+@pytest.mark.slow
 def test_each_point_has_its_own_directory_with_and_without_a_run_name() -> None:
     for extra in ([], ["run_name=lr"]):
         directories = [run_directory(p.cfg) for p in points.expand([*TINY, *extra, "optimizer.lr=1e-3,2e-3,5e-3"])]
@@ -35,6 +36,7 @@ def test_points_that_differ_in_nothing_that_names_a_run_have_their_own_directori
     assert len({run_directory(p.cfg) for p in found}) == 2
 
 
+@pytest.mark.slow
 def test_a_point_is_one_plain_command_that_gives_the_same_run() -> None:
     for point in points.expand([*TINY, "run_name=a b", "model.architecture.depths=[1,1,2,2],[1,1,1,1]", "seed=3"]):
         again = compose_train_config(list(point.overrides))
@@ -42,6 +44,7 @@ def test_a_point_is_one_plain_command_that_gives_the_same_run() -> None:
         assert again.logger.group == "a b" and again.logger.tags[0].startswith("model.architecture.depths=[1,1,")
 
 
+@pytest.mark.slow
 def test_a_multirun_job_is_placed_where_the_submitter_places_it() -> None:
     words = [*TINY, "run_name=x", "optimizer.lr=1e-3,2e-3", "optimizer=lamb,adamw"]
     for point in points.expand(words):
@@ -50,6 +53,7 @@ def test_a_multirun_job_is_placed_where_the_submitter_places_it() -> None:
         assert cfg == point.cfg
 
 
+@pytest.mark.slow
 def test_a_sweep_file_gives_its_values_and_the_command_line_wins() -> None:
     assert [p.cfg.seed for p in points.expand([*TINY, "sweep=seeds"])] == [0, 1, 2]
     assert [p.cfg.seed for p in points.expand([*TINY, "sweep=seeds", "seed=7,8"])] == [7, 8]

@@ -15,6 +15,7 @@ from mambavision.cluster import points
 from mambavision.cluster.sweep import Sweep, problems_before_start, record_job, text_table
 from mambavision.run_dir import RunDirectory, run_directory
 
+pytestmark = pytest.mark.slow  # each composes several configurations
 TINY = ["experiment=tiny", "logger=jsonl", "run_name=s"]
 
 
