@@ -190,7 +190,8 @@ def check_combinations(cfg: TrainConfig) -> None:
             raise ConfigError(f"resume.allow: {unknown_key_advice(key)}")
     if cfg.trainer.compile and cfg.trainer.grad_checkpointing:
         raise ConfigError(
-            "trainer.compile and trainer.grad_checkpointing have not been tried together; turn one of them off"
+            "trainer.compile=true and trainer.grad_checkpointing=true have not been tried together; type "
+            "trainer.compile=false or trainer.grad_checkpointing=false"
         )
     if cfg.debug not in (None, "nan", "profile"):
         raise ConfigError(f"debug={cfg.debug} is not known; type debug=nan or debug=profile, or leave it out")

@@ -113,10 +113,10 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
             log_start(trainer, num_classes, resumed_from, weights)
             status = trainer.fit()
         except BaseException as error:
-            own = dict(refused=bool(refusal(error)))
-            leave_note(run_dir.path, world, error, trainer.progress.step, **own)
-            silent_seconds = 3 * cfg.watchdog.heartbeat_seconds
-            cause, refused = first_cause(run_dir.path, world, error, since, silent_seconds=silent_seconds, **own)
+            refused = bool(refusal(error))
+            leave_note(run_dir.path, world, error, trainer.progress.step, refused=refused)
+            silent = 3 * cfg.watchdog.heartbeat_seconds
+            cause, refused = first_cause(run_dir.path, world, error, since, refused=refused, silent_seconds=silent)
             end(trainer, run_dir, "failed", cause=cause, may_write=lock.held, refused=refused)
             raise
         return end(trainer, run_dir, status, cause=stop.cause if status == "preempted" else None, may_write=lock.held)

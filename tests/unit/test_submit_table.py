@@ -48,6 +48,13 @@ def test_run_directories_tell_how_points_ended(sweep: Sweep) -> None:
     assert "failed: it broke" in text_table(sweep.rows({}))
 
 
+def test_a_point_whose_config_says_nothing_is_wanting_and_the_table_goes_on(sweep: Sweep) -> None:
+    run = run_of(sweep, 0)
+    run.write_status("finished", step=5)
+    run.config_file.write_text("")
+    assert statuses(sweep) == ["failed", "missing", "missing", "missing"]
+
+
 def test_the_queue_tells_which_points_are_on_their_way(sweep: Sweep) -> None:
     for index in range(4):
         record_job(run_directory(sweep.points[index].cfg), f"7_{index}")
