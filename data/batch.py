@@ -20,11 +20,12 @@ class Batch:
 
     images: Tensor  # (B, 3, H, W) uint8, channels_last in memory
     targets: Tensor  # (B,) int64 class numbers
-    indices: Tensor  # (B,) int64 sample numbers; repetition r of image i (repeated augmentation) is i + r * num_samples
+    # (B,) int64 sample numbers, on the host always; repetition r of image i (repeated augmentation) is i + r * num_samples
+    indices: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`; the copy from pinned memory does not wait."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.images, self.targets, self.indices)))
+        """Images and targets on `device`; the copy from pinned memory does not wait."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.images, self.targets)), self.indices)
 
     def __len__(self) -> int:
         return len(self.targets)

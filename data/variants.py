@@ -80,10 +80,10 @@ class EvalSet:
         if self.acceptable is None:
             right = best == targets[:, None]
         else:
-            acceptable = self.acceptable[indices.cpu()].to(logits.device)
+            acceptable = self.acceptable[indices].to(logits.device)
             right, counted = acceptable.gather(1, best), acceptable.any(dim=1)
         scores = torch.stack([right[:, 0], right.any(dim=1), counted], dim=1).double()
-        group = torch.zeros_like(targets) if self.group_of is None else self.group_of[indices.cpu()].to(logits.device)
+        group = torch.zeros_like(targets) if self.group_of is None else self.group_of[indices].to(logits.device)
         counts = torch.zeros(len(self.groups), 3, dtype=torch.float64, device=logits.device)
         return counts.index_add_(0, group, scores)
 

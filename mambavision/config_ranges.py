@@ -17,6 +17,7 @@ CHOICES = {
     "schedule.name": ("cosine", "constant"),
     "trainer.device": ("auto", "cuda", "cpu"),
     "trainer.precision": ("auto", "bf16", "fp16", "fp32"),
+    "trainer.compile_mode": ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "model.init": ("published", "mamba"),
     "model.checkpoint_weights": ("model", "ema"),
     "model.window_padding": ("published", "tight"),

@@ -202,9 +202,11 @@ _NO_BUFFER_SYNC = {
 
 def data_parallel(model: nn.Module, world: World) -> nn.Module:
     """The model under DistributedDataParallel; the model itself where there is only one rank."""
-    if not is_distributed():
-        return model
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return as_ddp(model, world.device) if is_distributed() else model
+
+
+def as_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    device_ids = [device.index] if device.type == "cuda" else None
     # Buffers: BatchNormAverager keeps them equal. Bucket views: gradients are reduced where they lie, without a copy.
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
 

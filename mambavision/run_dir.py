@@ -57,6 +57,7 @@ ALLOWED = (
     "trainer.precision",
     "trainer.channels_last",
     "trainer.compile",
+    "trainer.compile_mode",
     "trainer.grad_checkpointing",
     "trainer.deterministic",
     "trainer.threads",
@@ -64,7 +65,11 @@ ALLOWED = (
 )
 # Settings that came after runs had been named, at the value that was meant before: those runs keep their names, and
 # nothing has changed about them.
-_ADDED_LATER = {"model.checkpoint_weights": "model", "trainer.grad_checkpointing": False}
+_ADDED_LATER = {
+    "model.checkpoint_weights": "model",
+    "trainer.grad_checkpointing": False,
+    "trainer.compile_mode": "auto",
+}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

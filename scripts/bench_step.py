@@ -92,11 +92,11 @@ class Setting:
 
     weights: str
     channels_last: bool
-    compiled: bool
+    mode: str | None  # of torch.compile; None: eager
 
     def __str__(self) -> str:
         layout = "channels-last" if self.channels_last else "contiguous"
-        return f"{self.weights}, {layout}, {'compiled' if self.compiled else 'eager'}"
+        return f"{self.weights}, {layout}, {f'compiled ({self.mode})' if self.mode else 'eager'}"
 
 
 class Bench:
@@ -154,20 +154,18 @@ class Bench:
                 best, best_rate, best_setting = step, rate, setting
         # A backward takes two products for each of the forward's. Not counted itself: the counter takes the backward of
         # a depthwise convolution for that of a full one.
-        forward = self.count_flops(self.build(name, "infer", Setting("autocast", False, False), batch=1))
+        forward = self.count_flops(self.build(name, "infer", Setting("autocast", False, None), batch=1))
         return best, best_setting, forward * (3 if mode == "train" else 1) * self.args.batch
 
     def settings(self, mode: str) -> list[Setting]:
-        choices = {"try": [True, False], "on": [True], "off": [False]}
+        layouts = {"try": [True, False], "on": [True], "off": [False]}[self.args.channels_last]
+        # Both of torch.compile's modes on a GPU: the second one launches its kernels as CUDA graphs.
+        modes = ["default", "reduce-overhead"] if self.device == "cuda" else ["default"]
+        modes = {"try": [None, *modes], "on": modes, "off": [None]}[self.args.compile]
         weights = ["cast", "autocast"] if mode == "infer" and self.args.dtype != "fp32" else ["autocast"]
         if mode == "infer" and self.args.dtype == "fp32":
             weights = ["cast"]
-        return [
-            Setting(w, layout, compiled)
-            for compiled in sorted(choices[self.args.compile])
-            for layout in choices[self.args.channels_last]
-            for w in weights
-        ]
+        return [Setting(w, layout, mode) for mode in modes for layout in layouts for w in weights]
 
     def build(self, name: str, mode: str, setting: Setting, batch: int | None = None) -> Callable[[], None]:
         """A call that runs one step of a model on one fixed random batch."""
@@ -175,6 +173,7 @@ class Bench:
         import torch
 
         import mambavision  # noqa: F401  registers ours with timm
+        from mambavision.engine.compilation import compiled
         from mambavision.models import MambaVision, fuse_for_inference
 
         torch.manual_seed(0)
@@ -195,21 +194,23 @@ class Bench:
                 model = fuse_for_inference(model, self.dtype) if ours else model.to(self.dtype)
                 images = images.to(self.dtype)
             model = model.to(memory_format=layout)
-            run = torch.compile(model) if setting.compiled else model
+            run, before_forward = compiled(model, setting.mode)
 
             def infer() -> None:
+                before_forward()
                 with torch.inference_mode(), autocast():
                     run(images)
 
             return infer
 
         model = model.train().to(memory_format=layout)
-        run = torch.compile(model) if setting.compiled else model
+        run, before_forward = compiled(model, setting.mode)
         targets = torch.randint(1000, (batch,), device=self.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         scaler = torch.amp.GradScaler(self.device, enabled=self.args.dtype == "fp16")
 
         def train() -> None:
+            before_forward()
             with autocast():
                 loss = torch.nn.functional.cross_entropy(run(images).float(), targets)
             scaler.scale(loss).backward()
@@ -223,9 +224,7 @@ class Bench:
         """Images per second over at least so long (0: three steps to warm up, not worth a figure)."""
         seconds = self.args.seconds if seconds is None else seconds
         paper = self.args.paper_protocol and seconds == self.args.seconds
-        waits_every = (
-            1 if self.device == "cpu" else 10
-        )  # a GPU that is waited for each time idles while the next is queued
+        waits_every = 1 if self.device == "cpu" else 10  # a GPU waited for each time idles while the next is queued
         for _ in range(100 if paper else 1):
             step()
         self.wait()

@@ -50,6 +50,7 @@ def log_start(trainer: Trainer, num_classes: int, resumed_from: str | None, weig
         steps_per_epoch=trainer.train_loader.steps_per_epoch,
         total_steps=trainer.last_step,
         precision=trainer.precision,
+        compile_mode=trainer.compile_mode,
         device=str(world.device),
         provenance=trainer.origin["provenance"],
     )

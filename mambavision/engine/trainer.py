@@ -17,7 +17,7 @@ from mambavision import distributed
 from mambavision.config import TrainConfig
 from mambavision.config_checks import BatchPlan
 from mambavision.distributed import BatchNormAverager, World
-from mambavision.engine import checkpoint, faults, recovery, reporting
+from mambavision.engine import checkpoint, compilation, faults, recovery, reporting
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.evaluate import evaluate
 from mambavision.engine.guard import Guard, name_first_not_finite
@@ -63,15 +63,16 @@ class Trainer:
         self.telemetry, self.checkpointer, self.stop, self.watchdog = telemetry, checkpointer, stop, watchdog
         self.directory, self.origin, self.profile = directory, origin, profile
         self.raw_model = model
-        decay, warmup = cfg.trainer.ema_decay, cfg.trainer.ema_warmup
-        self.ema = ModelEma(model, decay, warmup=warmup) if decay else None
+        self.ema = (
+            ModelEma(model, cfg.trainer.ema_decay, warmup=cfg.trainer.ema_warmup) if cfg.trainer.ema_decay else None
+        )
         self.utilization = reporting.Utilization(model, world, precision, cfg.data.image_size)
         self.batch_norm = BatchNormAverager(model)
         if cfg.debug == "nan":
             name_first_not_finite(model)
-        if cfg.trainer.compile:
-            model.compile()
-        self.model = distributed.data_parallel(model, world)
+        self.compile_mode = compilation.compile_mode(cfg, world.device)
+        stepped, self.begin_forward = compilation.compiled(model, self.compile_mode)
+        self.model = distributed.data_parallel(stepped, world)
         groups = build_param_groups(model, cfg.optimizer.weight_decay, cfg.optimizer.decay_rule)
         self.optimizer = build_optimizer(cfg.optimizer, groups)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
@@ -161,6 +162,7 @@ class Trainer:
             images, targets = self.transform(batch, self.epoch, self.progress.step, self.global_micro_index(index))
             self.seed_stochastic_depth(index)
             self.batch_norm.begin_micro_batch(index)
+            self.begin_forward()
             with self.sync_gradients_on_last(index):
                 with self.autocast():
                     logits = faults.spoil(self.model(images), self.progress.step)

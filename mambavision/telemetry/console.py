@@ -66,7 +66,7 @@ class ConsoleSink:
         self._print(f"batch     {f['batch_plan']}")
         self._print(
             f"plan      {f['steps_per_epoch']} steps an epoch, {f['total_steps']:,} steps, {f['precision']} on "
-            f"{f['device']}"
+            f"{f['device']}, {f'compiled ({mode})' if (mode := f.get('compile_mode')) else 'eager'}"
         )
         if f.get("began_from"):
             self._print(f"weights   {f['began_from']}")

@@ -1,0 +1,58 @@
+"""torch.compile for training steps: which mode, and what CUDA graphs ask of the loop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mambavision.config import TrainConfig
+
+_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # these modes capture CUDA graphs
+
+
+def compile_mode(cfg: TrainConfig, device: torch.device) -> str | None:
+    """The mode for torch.compile; None: steps run eagerly.
+
+    On CUDA steps are compiled unless somebody wants to see or repeat the single operators, and captured in CUDA graphs:
+    launching MambaVision's many small kernels one by one takes a processor longer than a fast GPU needs to run them.
+    """
+    wanted = cfg.trainer.compile
+    if wanted is None:
+        operators_matter = cfg.debug == "nan" or cfg.trainer.deterministic or cfg.trainer.grad_checkpointing
+        wanted = device.type == "cuda" and not operators_matter and _has_c_compiler()
+    if not wanted:
+        return None
+    if cfg.trainer.compile_mode != "auto":
+        return cfg.trainer.compile_mode
+    return "reduce-overhead" if device.type == "cuda" else "default"
+
+
+def _has_c_compiler() -> bool:
+    """Triton, which torch.compile's CUDA kernels are written in, builds its launchers with one."""
+    return any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang", "cc") if name)
+
+
+def compiled(model: nn.Module, mode: str | None) -> tuple[nn.Module, Callable[[], None]]:
+    """The model as training steps call it, and what to call before each forward pass. mode: None leaves it as it is.
+
+    Evaluation calls `model` itself: its batches have another size, for which everything would be compiled again.
+    """
+    if mode is None:
+        return model, _nothing
+    fast = torch.compile(model, mode=mode, dynamic=False)  # a ramp of image sizes has few of them
+    if mode not in _WITH_GRAPHS:
+        return fast, _nothing
+    # A replay overwrites what the one before gave. Autograd would take the first gradients as they are for .grad; into
+    # gradients that exist it adds.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    return fast, torch.compiler.cudagraph_mark_step_begin
+
+
+def _nothing() -> None:
+    pass
