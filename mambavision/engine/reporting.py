@@ -10,6 +10,7 @@ from torch import nn
 
 from data.order import resolution_at
 from mambavision.distributed import World
+from mambavision.engine.compilation import compile_mode
 from mambavision.ops.selective_scan import choose_backend
 from mambavision.telemetry.flops import peak_flops, training_flops
 from mambavision.telemetry.meters import peak_memory_gib
@@ -50,7 +51,7 @@ def log_start(trainer: Trainer, num_classes: int, resumed_from: str | None, weig
         steps_per_epoch=trainer.train_loader.steps_per_epoch,
         total_steps=trainer.last_step,
         precision=trainer.precision,
-        compile_mode=trainer.compile_mode,
+        compile_mode=compile_mode(cfg, world.device),
         device=str(world.device),
         provenance=trainer.origin["provenance"],
     )

@@ -63,15 +63,13 @@ class Trainer:
         self.telemetry, self.checkpointer, self.stop, self.watchdog = telemetry, checkpointer, stop, watchdog
         self.directory, self.origin, self.profile = directory, origin, profile
         self.raw_model = model
-        self.ema = (
-            ModelEma(model, cfg.trainer.ema_decay, warmup=cfg.trainer.ema_warmup) if cfg.trainer.ema_decay else None
-        )
+        decay = cfg.trainer.ema_decay
+        self.ema = ModelEma(model, decay, warmup=cfg.trainer.ema_warmup) if decay else None
         self.utilization = reporting.Utilization(model, world, precision, cfg.data.image_size)
         self.batch_norm = BatchNormAverager(model)
         if cfg.debug == "nan":
             name_first_not_finite(model)
-        self.compile_mode = compilation.compile_mode(cfg, world.device)
-        stepped, self.begin_forward = compilation.compiled(model, self.compile_mode)
+        stepped, self.begin_forward = compilation.compiled(model, compilation.compile_mode(cfg, world.device))
         self.model = distributed.data_parallel(stepped, world)
         groups = build_param_groups(model, cfg.optimizer.weight_decay, cfg.optimizer.decay_rule)
         self.optimizer = build_optimizer(cfg.optimizer, groups)

@@ -36,6 +36,7 @@ def test_nothing_is_compiled_by_itself_where_triton_has_no_c_compiler(monkeypatc
     assert compile_mode(cfg, CUDA) is None
 
 
+@pytest.mark.slow  # imports torch's compiler
 def test_gradients_exist_before_a_replay_could_lend_its_own() -> None:
     model = micro()
     model.head.bias.requires_grad_(False)
