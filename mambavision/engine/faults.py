@@ -28,6 +28,7 @@ class Fault(Enum):
 
     KILL = "kill"  # SIGKILL to this process
     RAISE = "raise"  # an exception
+    MEMORY = "memory"  # PyTorch's exception where a GPU's memory is full
     EXIT = "exit"  # the process ends at once, with code 0
     FREEZE = "freeze"  # SIGSTOP: alive, but nothing moves
     SLEEP = "sleep"  # that many seconds
@@ -110,5 +111,7 @@ def _strike(order: Order, step: int) -> None:
         os._exit(0)
     elif order.fault is Fault.SLEEP:
         time.sleep(order.amount)
+    elif order.fault is Fault.MEMORY:
+        raise torch.OutOfMemoryError(f"ordered: out of memory at step {step} ({order.place})")
     elif order.fault is Fault.RAISE:
         raise RuntimeError(f"ordered fault at step {step} ({order.place})")

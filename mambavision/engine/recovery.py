@@ -46,9 +46,11 @@ def report(trainer: Trainer, refused: Refused) -> None:
             write_refused_samples(trainer.directory, step, trainer.plan, trainer.train_loader, trainer.cfg, ranks)
 
 
-def on_collapse(trainer: Trainer, loss: float) -> None:
-    """As guard.collapse_policy says. Raises TrainingFailed where it says stop."""
+def watch_for_collapse(trainer: Trainer, loss: float) -> None:
+    """loss: cross-entropy of a log interval. As guard.collapse_policy says; raises TrainingFailed where it says stop."""
     guard, policy = trainer.guard, trainer.cfg.guard.collapse_policy
+    if not guard.collapsed(loss, trainer.progress.step):
+        return
     cause = f"the model has collapsed: loss {loss:.4f} is that of a blind guess, after {guard.lowest_loss:.4f}"
     if policy == "stop":
         raise TrainingFailed(f"{cause}; lower optimizer.lr, or set guard.collapse_policy=rollback")

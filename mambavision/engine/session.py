@@ -26,6 +26,7 @@ from mambavision.engine.admission import check_before_start, failures_in_status,
 from mambavision.engine.allocator import keep_freed_memory
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.failure import first_cause, leave_note
+from mambavision.engine.memory import advice_where_it_is_full
 from mambavision.engine.precision import resolve_precision
 from mambavision.engine.profile import StepProfile
 from mambavision.engine.reporting import log_start
@@ -111,7 +112,8 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
         try:
             resumed_from = resume(trainer, run_dir)
             log_start(trainer, num_classes, resumed_from, weights)
-            status = trainer.fit()
+            with advice_where_it_is_full(trainer):
+                status = trainer.fit()
         except BaseException as error:
             refused = bool(refusal(error))
             leave_note(run_dir.path, world, error, trainer.progress.step, refused=refused)

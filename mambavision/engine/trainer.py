@@ -139,7 +139,7 @@ class Trainer:
                     self.profile.step_done(self.progress.step)
                 step, at_end = self.progress.step, self.progress.step == end
                 if step % self.cfg.trainer.log_every_steps == 0 or at_end:
-                    self.log_training()
+                    recovery.watch_for_collapse(self, reporting.log_training(self))
                 is_boundary = self.meetings.due(step) or self.guard.full or at_end
                 if is_boundary and recovery.agree(self) is Decision.STOP and step < self.last_step:
                     return "stop"
@@ -225,17 +225,13 @@ class Trainer:
             self.evaluation_seconds = time.monotonic() - start
 
     def evaluate(self) -> None:
+        self.watchdog.beat(self.progress.step, "evaluate")
         faults.at("evaluate", self.progress.step)
         models = {"": self.raw_model} | ({"ema_": self.ema.module} if self.ema is not None else {})
         batches = self.watchdog.while_iterating(self.eval_loader, self.progress.step, "evaluate")
         result = evaluate(models, batches, prepare=self.transform.evaluate, autocast=self.autocast, world=self.world)
         self.last_eval = {"step": self.progress.step, **{f"eval/{k}": v for k, v in result.items()}}
         self.telemetry.log("eval", epoch=self.epoch_done, samples_seen=self.progress.samples_seen, **self.last_eval)
-
-    def log_training(self) -> None:
-        cross_entropy = reporting.log_training(self)
-        if self.guard.collapsed(cross_entropy, self.progress.step):
-            recovery.on_collapse(self, cross_entropy)
 
     def after_first_step(self) -> None:
         """What takes long (data, compilation) is over, so from now on a silent rank is a broken one."""

@@ -107,3 +107,31 @@ def test_debug_nan_names_the_module(train: Trainer) -> None:
     assert (
         "debug=nan: head (Linear) gave a value that is not finite; its weight is not finite" in training.status["cause"]
     )
+
+
+@pytest.mark.parametrize(
+    ("fault", "advice"),
+    [
+        (
+            "memory@0:1/step",
+            "training on 4 images at once; type trainer.micro_batch_size=2 (the same global batch by accumulation; BatchNorm "
+            "sees 2 images), or trainer.grad_checkpointing=true",
+        ),
+        ("memory@8:1/evaluate", "evaluating 4 images at once; type trainer.eval_batch_size=2"),
+    ],
+)
+def test_a_first_step_or_evaluation_that_does_not_fit_into_memory_is_refused_with_what_to_type(
+    train: Trainer, fault: str, advice: str
+) -> None:
+    training = train.run("run", "trainer.eval_batch_size=4", fault=fault)
+    assert training.code == 1
+    assert training.status["refused"]
+    assert "the memory of cpu is full" in training.status["cause"] and advice in training.status["cause"]
+
+
+def test_memory_that_is_full_later_on_does_not_keep_the_run_from_going_on(train: Trainer, reference: str) -> None:
+    training = train.run("run", fault="memory@11:1/step")
+    assert training.code == 1
+    assert "refused" not in training.status and "OutOfMemoryError" in training.status["cause"]
+    assert train.run("run").code == 0
+    assert state_hash(training.directory) == reference
