@@ -6,7 +6,9 @@ apply here beyond the noise, which is new in each epoch.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from data.order import EpochPlan, eval_indices, resolution_at
 PATTERN_SIDE = 8  # cells a side of a class's pattern
 NOISE_IMAGES = 64  # noise is drawn once and picked by key
 DEFAULT_CLASSES = 10
+BATCHES_AHEAD = 2  # a fast GPU trains on a batch in the time that it takes to make one
 
 
 class SyntheticImages:
@@ -44,8 +47,11 @@ class SyntheticImages:
         coarse = self.patterns[targets]
         images = np.take(np.take(coarse, self.cell_of, axis=1), self.cell_of, axis=2)  # (B, H, W, 3)
         images += self.noise[picks.astype(np.int64)]
+        pixels = torch.from_numpy(images)
+        if torch.cuda.is_available():
+            pixels = pixels.pin_memory()
         return Batch(
-            torch.from_numpy(images).permute(0, 3, 1, 2),
+            pixels.permute(0, 3, 1, 2),
             torch.from_numpy(targets.astype(np.int64)),
             torch.from_numpy(indices.astype(np.int64)),
         )
@@ -66,9 +72,15 @@ class SyntheticTrainLoader(TrainLoader):
         size = resolution_at(epoch, self.image_size, self.progressive)
         if size != self.source.image_size:
             self.source = SyntheticImages(self.num_classes, size, self.seed)
-        order = self.plan.rank_order(self.seed, epoch, first_step)
-        for indices in order.reshape(-1, self.plan.micro_batch_size):
-            yield self.source.batch(indices, self.num_samples, epoch)
+        order = self.plan.rank_order(self.seed, epoch, first_step).reshape(-1, self.plan.micro_batch_size)
+        coming: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(BATCHES_AHEAD) as threads:
+            for indices in order:
+                coming.append(threads.submit(self.source.batch, indices, self.num_samples, epoch))
+                if len(coming) > BATCHES_AHEAD:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
 
     def close(self) -> None:
         """Nothing is held open."""
