@@ -26,6 +26,7 @@ from pathlib import Path
 # a training step on a CPU). Read by the C library at start, so the script starts itself again with it; holds for all
 # models alike.
 MALLOC_TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+COMPILE_MODES = ("default", "reduce-overhead")  # of torch.compile; the second one has CUDA graphs
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -66,9 +67,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each model, taken in turns; at least 5")
     parser.add_argument("--seconds", type=float, default=2.0, help="least length of one measurement")
-    parser.add_argument(
-        "--compile", choices=["try", "on", "off"], default="try", help="torch.compile: per model the best"
-    )
+    compile_choices = ["try", "on", "off", *COMPILE_MODES]
+    parser.add_argument("--compile", choices=compile_choices, default="try", help="try: per model the best, eager too")
     parser.add_argument("--channels-last", choices=["try", "on", "off"], default="try")
     parser.add_argument("--drop-path", type=float, default=0.2, help="stochastic depth in training, the same for all")
     parser.add_argument("--plain-malloc", action="store_true", help="CPU: leave the C library's allocator as it is")
@@ -159,9 +159,8 @@ class Bench:
 
     def settings(self, mode: str) -> list[Setting]:
         layouts = {"try": [True, False], "on": [True], "off": [False]}[self.args.channels_last]
-        # Both of torch.compile's modes on a GPU: the second one launches its kernels as CUDA graphs.
-        modes = ["default", "reduce-overhead"] if self.device == "cuda" else ["default"]
-        modes = {"try": [None, *modes], "on": modes, "off": [None]}[self.args.compile]
+        modes = COMPILE_MODES if self.device == "cuda" else COMPILE_MODES[:1]
+        modes = {"try": [None, *modes], "on": modes, "off": [None]}.get(self.args.compile, [self.args.compile])
         weights = ["cast", "autocast"] if mode == "infer" and self.args.dtype != "fp32" else ["autocast"]
         if mode == "infer" and self.args.dtype == "fp32":
             weights = ["cast"]
