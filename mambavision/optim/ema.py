@@ -101,9 +101,12 @@ def _move(averages: list[Tensor], values: list[Tensor], weight: float, refused: 
 
     That is a plain SGD step, which torch has as one multi-tensor kernel that can be refused on the device: for what ours
     do not take."""
-    for dtype in {t.dtype for t in averages}:
-        mine = [t for t in averages if t.dtype == dtype]
-        theirs = [v for t, v in zip(averages, values, strict=True) if t.dtype == dtype]
+    dtypes = {t.dtype for t in averages}
+    for dtype in dtypes:
+        mine, theirs = averages, values
+        if len(dtypes) > 1:
+            mine = [t for t in averages if t.dtype == dtype]
+            theirs = [v for t, v in zip(averages, values, strict=True) if t.dtype == dtype]
         native = native_kernels(mine + theirs)
         if native is not None:
             if refused is None or not refused:

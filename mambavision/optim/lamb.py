@@ -103,12 +103,11 @@ class Lamb(Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         if params:
             grads = [p.grad for p in params]
-            states = [self._state_of(p) for p in params]
             _update_for(params)(
                 params,
                 grads,
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                self._moments("exp_avg", params),
+                self._moments("exp_avg_sq", params),
                 step=group["step"],
                 divisor=divisor,
                 refused=refused,
@@ -118,15 +117,14 @@ class Lamb(Optimizer):
                 weight_decay=group["weight_decay"],
             )
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
-        strides = parameter.stride()
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name not in state:
-                state[name] = torch.zeros_like(parameter)
-            elif state[name].stride() != strides:  # the model's memory format changed since it was saved
-                state[name] = torch.empty_like(parameter).copy_(state[name])
-        return state
+    def _moments(self, name: str, params: list[Tensor]) -> list[Tensor]:
+        moments = [self.state[p].get(name) for p in params]
+        for index, (parameter, moment) in enumerate(zip(params, moments, strict=True)):
+            if moment is None:
+                moments[index] = self.state[parameter][name] = torch.zeros_like(parameter)
+            elif moment.stride() != parameter.stride():  # the model's memory format changed since it was saved
+                moments[index] = self.state[parameter][name] = torch.empty_like(parameter).copy_(moment)
+        return moments
 
 
 def _update_for(params: list[Tensor]) -> Callable[..., None]:
