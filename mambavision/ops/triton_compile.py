@@ -3,7 +3,7 @@
     python -m mambavision.ops.triton_compile [--json FILE]
 
 Registers a thread, stack bytes a thread (where registers are spilled to), shared memory bytes a program, instructions
-in the inner loop. The sizes are those that the network's own shapes lead to (N = 8).
+in the inner loop. The sizes are those that the network's own shapes lead to (N = 8). The optimizer's data are float32 alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from mambavision.ops import triton_conv as conv
 from mambavision.ops import triton_scan_chunks as chunks
 from mambavision.ops import triton_scan_kernels as scan
 from mambavision.ops.triton_scan import CHECKPOINT_EVERY, TILE
+from mambavision.optim import triton_kernels as optimizer
+from mambavision.optim import triton_lists as lists
 
 ARCHITECTURES = (80, 90)
 DTYPES = ("bf16", "fp32")
@@ -36,13 +38,32 @@ _FLOAT32 = {
     "a_ptr", "d_ptr", "bias_ptr", "weight_ptr", "checkpoint_ptr", "chunk_state_ptr",
     "chunk_adjoint_ptr", "chunk_end_ptr", "chunk_begin_ptr", "chunk_dt_ptr",
     "db_dc_ptr", "channel_sum_ptr", "weight_sum_ptr",
+    "step_ptr", "divisor_ptr", "refused_ptr", "sums_ptr", "ratio_ptr", "norm_ptr",
+}  # fmt: skip
+_INT64 = {"addresses_ptr", "blocks_ptr", "first_block_ptr"}
+_FLOAT_SCALARS = {
+    "lr", "log_beta1", "log_beta2", "one_minus_beta1", "one_minus_beta2", "eps", "weight_decay", "weight",
 }  # fmt: skip
 
-VARIANTS: dict[str, tuple[triton.JITFunction, dict[str, int | bool]]] = {}  # name -> kernel and its constants
+
+class Variant(NamedTuple):
+    kernel: triton.JITFunction
+    constants: dict[str, int | bool]
+    warps: int
+    dtypes: tuple[str, ...]  # of the data, each of which is another program
 
 
-def _add(name: str, kernel: triton.JITFunction, constants: dict[str, int | bool]) -> None:
-    VARIANTS[name] = (kernel, constants)
+VARIANTS: dict[str, Variant] = {}
+
+
+def _add(
+    name: str,
+    kernel: triton.JITFunction,
+    constants: dict[str, int | bool],
+    warps: int = 1,
+    dtypes: tuple[str, ...] = DTYPES,
+) -> None:
+    VARIANTS[name] = Variant(kernel, constants, warps, dtypes)
 
 
 for _width in (32, 16, 8):
@@ -63,7 +84,19 @@ for _reverse in (False, True):
     _add(f"scan chunk carry, {_direction}", chunks.chunk_carry_kernel, {"STATES": 8} | _constants)
 
 for _kernel, _direction in ((conv.conv_forward_kernel, "forward"), (conv.conv_backward_kernel, "backward")):
-    _add(f"conv + SiLU {_direction}", _kernel, {"TOKENS": conv.TOKENS, "CHANNELS": conv.CHANNELS})
+    _add(f"conv + SiLU {_direction}", _kernel, {"TOKENS": conv.TOKENS, "CHANNELS": conv.CHANNELS}, conv.WARPS)
+
+_block = {"BLOCK": lists.BLOCK}
+for _name, _kernel, _constants, _warps in (
+    ("LAMB moments", optimizer.lamb_moments_kernel, _block | {"TRUST": True}, lists.WARPS),
+    ("LAMB step without decay", optimizer.lamb_moments_kernel, _block | {"TRUST": False}, lists.WARPS),
+    ("LAMB trust ratios", optimizer.lamb_trust_kernel, {"WIDTH": lists.TRUST_WIDTH}, lists.TRUST_WARPS),
+    ("LAMB step", optimizer.lamb_apply_kernel, _block, lists.WARPS),
+    ("moving average", optimizer.average_kernel, _block, lists.WARPS),
+    ("gradient norm, squares", optimizer.squares_kernel, _block, lists.WARPS),
+    ("gradient norm", optimizer.norm_kernel, {"WIDTH": lists.NORM_WIDTH}, lists.NORM_WARPS),
+):
+    _add(_name, _kernel, _constants, _warps, ("fp32",))
 
 
 class Usage(NamedTuple):
@@ -77,24 +110,25 @@ class Usage(NamedTuple):
 
 def compile_ahead(name: str, architecture: int, dtype: str) -> Usage:
     """Compiles the variant for a compute capability (80 = A100, 90 = H100), data in dtype (bf16, fp16, fp32)."""
-    kernel, constants = VARIANTS[name]
+    kernel, constants, warps, _ = VARIANTS[name]
     signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
             continue
         is_pointer = argument.endswith("_ptr")
-        pointee = "fp32" if argument in _FLOAT32 else dtype
-        signature[argument] = f"*{pointee}" if is_pointer else "i32"
+        signature[argument] = _type_of(argument, dtype)
         if is_pointer or argument.startswith("stride") or argument == "channels":
             attributes[(position,)] = [["tt.divisibility", 16]]  # what the launcher finds for the network's tensors
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": conv.WARPS if name.startswith("conv") else 1},
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
     return _read_usage(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _type_of(argument: str, dtype: str) -> str:
+    if argument.endswith("_ptr"):
+        return "*i64" if argument in _INT64 else "*fp32" if argument in _FLOAT32 else f"*{dtype}"
+    return "fp32" if argument in _FLOAT_SCALARS else "i32"
 
 
 def cuobjdump() -> Path:
@@ -132,9 +166,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     print(f"{'kernel':36} {'arch':5} {'dtype':5} {'registers':>9} {'stack B':>8} {'shared B':>8} {'loop':>5}")
-    for name in VARIANTS:
+    for name, variant in VARIANTS.items():
         for architecture in ARCHITECTURES:
-            for dtype in DTYPES:
+            for dtype in variant.dtypes:
                 usage = compile_ahead(name, architecture, dtype)
                 rows.append({"name": name, "architecture": f"sm_{architecture}", "dtype": dtype, **usage._asdict()})
                 print(f"{name:36} sm_{architecture} {dtype:5}", "{:9} {:8} {:8} {:5}".format(*usage))

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mambavision.optim.native import native_kernels
+from mambavision.optim.native import native_kernels, triton_kernels
 
 
 @torch.no_grad()
@@ -27,6 +27,9 @@ def global_grad_norm(params: Iterable[Tensor]) -> Tensor:
     native = native_kernels(grads)
     if native is not None:
         return native.global_norm(grads)
+    triton = triton_kernels(grads)
+    if triton is not None:
+        return triton.norm_triton(grads)
     if any(grad.dtype in (torch.float16, torch.bfloat16) for grad in grads):
         # A norm in their type would overflow or be rounded, and the fused kernels want what follows from it in float32.
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
@@ -49,4 +52,4 @@ def is_refused(grad_norm: Tensor) -> Tensor:
 
     float32 because that is the form in which torch's fused kernels take it (`found_inf`).
     """
-    return torch.isfinite(grad_norm).logical_not().to(torch.float32)
+    return grad_norm.mul(0).ne_(0).to(torch.float32)  # inf * 0 is nan; torch.isfinite takes four kernels for it

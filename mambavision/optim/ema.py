@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mambavision.optim.clip import is_refused
-from mambavision.optim.native import native_kernels
+from mambavision.optim.native import is_dense, native_kernels, triton_kernels
 
 
 class ModelEma:
@@ -28,10 +28,7 @@ class ModelEma:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.own = _Places(self.module)
         for average in self.own.averaged():  # fused kernels want dense ones, and a copy of a slice is a slice
-            dense = average.is_contiguous() or (
-                average.dim() == 4 and average.is_contiguous(memory_format=torch.channels_last)
-            )
-            average.data = average if dense else average.contiguous()
+            average.data = average if is_dense(average) else average.contiguous()
         self.theirs: tuple[weakref.ref, _Places] | None = None  # of the model that was given last
 
     def __getstate__(self) -> dict:
@@ -100,15 +97,24 @@ class _Places:
 
 
 def _move(averages: list[Tensor], values: list[Tensor], weight: float, refused: Tensor | None) -> None:
-    """average -= weight * (average - value), which is a plain SGD step: torch has that as one multi-tensor kernel that
-    can be refused on the device, also when values hold nan (buffers of a diverged forward pass)."""
-    for dtype in {t.dtype for t in averages}:
-        mine = [t for t in averages if t.dtype == dtype]
-        theirs = [v for t, v in zip(averages, values, strict=True) if t.dtype == dtype]
+    """average -= weight * (average - value), also refused when values hold nan (buffers of a diverged forward pass).
+
+    That is a plain SGD step, which torch has as one multi-tensor kernel that can be refused on the device: for what ours
+    do not take."""
+    dtypes = {t.dtype for t in averages}
+    for dtype in dtypes:
+        mine, theirs = averages, values
+        if len(dtypes) > 1:
+            mine = [t for t in averages if t.dtype == dtype]
+            theirs = [v for t, v in zip(averages, values, strict=True) if t.dtype == dtype]
         native = native_kernels(mine + theirs)
         if native is not None:
             if refused is None or not refused:
                 native.ema_update(mine, theirs, weight)
+            continue
+        triton = triton_kernels(mine)
+        if triton is not None:
+            triton.average_triton(mine, theirs, weight, refused)
             continue
         torch._fused_sgd_(
             mine,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mambavision.optim.clip import global_grad_norm, gradient_divisor, is_refused
-from mambavision.optim.native import native_kernels
+from mambavision.optim.native import native_kernels, triton_kernels
 
 
 def _unwrapped(method: Callable) -> Callable:
@@ -93,22 +93,21 @@ class Lamb(Optimizer):
             grad_norm = global_grad_norm(p for group in self.param_groups for p in group["params"])
         divisor = gradient_divisor(grad_norm, clip, self.param_groups[0]["max_grad_norm"])
         refused = is_refused(grad_norm)
+        accepted = 1.0 - refused
         for group in self.param_groups:
+            group["step"] += accepted
             self._update_group(group, divisor, refused)
         self.skipped_steps += refused.to(torch.int64)
 
     def _update_group(self, group: dict, divisor: Tensor, refused: Tensor) -> None:
-        group["step"] += 1.0 - refused
         params = [p for p in group["params"] if p.grad is not None]
         if params:
             grads = [p.grad for p in params]
-            states = [self._state_of(p) for p in params]
-            update = lamb_multi_tensor if native_kernels(params) is None else lamb_native
-            update(
+            _update_for(params)(
                 params,
                 grads,
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                self._moments("exp_avg", params),
+                self._moments("exp_avg_sq", params),
                 step=group["step"],
                 divisor=divisor,
                 refused=refused,
@@ -118,14 +117,21 @@ class Lamb(Optimizer):
                 weight_decay=group["weight_decay"],
             )
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name not in state:
-                state[name] = torch.zeros_like(parameter)
-            elif state[name].stride() != parameter.stride():  # the model's memory format changed since it was saved
-                state[name] = torch.empty_like(parameter).copy_(state[name])
-        return state
+    def _moments(self, name: str, params: list[Tensor]) -> list[Tensor]:
+        moments = [self.state[p].get(name) for p in params]
+        for index, (parameter, moment) in enumerate(zip(params, moments, strict=True)):
+            if moment is None:
+                moments[index] = self.state[parameter][name] = torch.zeros_like(parameter)
+            elif moment.stride() != parameter.stride():  # the model's memory format changed since it was saved
+                moments[index] = self.state[parameter][name] = torch.empty_like(parameter).copy_(moment)
+        return moments
+
+
+def _update_for(params: list[Tensor]) -> Callable[..., None]:
+    if native_kernels(params) is not None:
+        return lamb_native
+    triton = triton_kernels(params)
+    return lamb_multi_tensor if triton is None else triton.lamb_triton
 
 
 def lamb_native(
@@ -176,7 +182,7 @@ def lamb_multi_tensor(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One LAMB update of one group, in place, with torch's multi-tensor kernels: CUDA, or no compiler.
+    """One LAMB update of one group, in place, with torch's multi-tensor kernels: all that the others do not take.
 
     The update is weight_decay * w + adam(g) (You et al., algorithm 2, line 9). torch's fused Adam computes exactly that
     if it is handed weight_decay * w as its "parameter" and -1 as its learning rate, in one kernel for all tensors, and
