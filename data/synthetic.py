@@ -32,10 +32,14 @@ class SyntheticImages:
         self.seed = seed
         cells = num_classes * PATTERN_SIDE * PATTERN_SIDE * 3
         pattern = keyed_random.fold_array(keyed_random.fold(0, 1), np.arange(cells)) >> np.uint64(57)  # 0..127
-        self.patterns = pattern.astype(np.uint8).reshape(num_classes, PATTERN_SIDE, PATTERN_SIDE, 3) + np.uint8(32)
+        patterns = pattern.astype(np.uint8).reshape(num_classes, PATTERN_SIDE, PATTERN_SIDE, 3) + np.uint8(32)
         noise = keyed_random.fold_array(keyed_random.fold(0, 2), np.arange(NOISE_IMAGES * image_size * image_size * 3))
         self.noise = (noise >> np.uint64(58)).astype(np.uint8).reshape(NOISE_IMAGES, image_size, image_size, 3)  # 0..63
-        self.cell_of = np.arange(image_size) * PATTERN_SIDE // image_size
+        cell_of = np.arange(image_size) * PATTERN_SIDE // image_size
+        self.lines = patterns[
+            :, :, cell_of
+        ]  # (classes, PATTERN_SIDE, W, 3): what all pixel lines of a cell have in common
+        self.first_line = np.searchsorted(cell_of, np.arange(PATTERN_SIDE + 1))  # of each cell
 
     def targets(self, indices: np.ndarray) -> np.ndarray:
         return indices % self.num_classes
@@ -44,9 +48,9 @@ class SyntheticImages:
         targets = self.targets(indices % num_samples)
         key = keyed_random.domain_key(self.seed, keyed_random.SAMPLE, epoch)
         picks = keyed_random.fold_array(key, indices) % np.uint64(NOISE_IMAGES)
-        coarse = self.patterns[targets]
-        images = np.take(np.take(coarse, self.cell_of, axis=1), self.cell_of, axis=2)  # (B, H, W, 3)
-        images += self.noise[picks.astype(np.int64)]
+        images = self.noise[picks.astype(np.int64)]  # (B, H, W, 3), a copy
+        for cell in range(PATTERN_SIDE):
+            images[:, self.first_line[cell] : self.first_line[cell + 1]] += self.lines[targets, cell][:, None]
         pixels = torch.from_numpy(images)
         if torch.cuda.is_available():
             pixels = pixels.pin_memory()

@@ -13,7 +13,7 @@ from torch import nn
 
 from data import keyed_random
 from data.batch import Batch
-from mambavision import distributed
+from mambavision import distributed, optim
 from mambavision.config import TrainConfig
 from mambavision.config_checks import BatchPlan
 from mambavision.distributed import BatchNormAverager, World
@@ -27,7 +27,6 @@ from mambavision.engine.profile import StepProfile
 from mambavision.engine.progress import TrainProgress
 from mambavision.engine.stop import Decision, Meetings, StopNotice
 from mambavision.engine.watchdog import Watchdog
-from mambavision.optim import ModelEma, build_optimizer, build_param_groups, global_grad_norm, load_optimizer_state
 from mambavision.optim.schedule import LearningRate
 from mambavision.telemetry.meters import StepMeters
 from mambavision.telemetry.sinks import Telemetry
@@ -62,17 +61,17 @@ class Trainer:
         self.train_loader, self.eval_loader, self.transform = train_loader, eval_loader, transform
         self.telemetry, self.checkpointer, self.stop, self.watchdog = telemetry, checkpointer, stop, watchdog
         self.directory, self.origin, self.profile = directory, origin, profile
-        self.raw_model = model
+        self.raw_model, self.parameters = model, list(model.parameters())
         decay = cfg.trainer.ema_decay
-        self.ema = ModelEma(model, decay, warmup=cfg.trainer.ema_warmup) if decay else None
+        self.ema = optim.ModelEma(model, decay, warmup=cfg.trainer.ema_warmup) if decay else None
         self.utilization = reporting.Utilization(model, world, precision, cfg.data.image_size)
         self.batch_norm = BatchNormAverager(model)
         if cfg.debug == "nan":
             name_first_not_finite(model)
         stepped, self.begin_forward = compilation.compiled(model, compilation.compile_mode(cfg, world.device))
         self.model = distributed.data_parallel(stepped, world)
-        groups = build_param_groups(model, cfg.optimizer.weight_decay, cfg.optimizer.decay_rule)
-        self.optimizer = build_optimizer(cfg.optimizer, groups)
+        groups = optim.build_param_groups(model, cfg.optimizer.weight_decay, cfg.optimizer.decay_rule)
+        self.optimizer = optim.build_optimizer(cfg.optimizer, groups)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.autocast = autocast_context(precision, world.device)
         self.lr = LearningRate(cfg.schedule, cfg.optimizer.lr, cfg.trainer.epochs, train_loader.steps_per_epoch)
@@ -174,7 +173,7 @@ class Trainer:
             self.scaler.unscale_(self.optimizer)
         # Equal on every rank, as the gradients are. Where it is not finite, optimizer, EMA and BatchNorm refuse the
         # step by themselves, on the device, so nothing here waits for it.
-        grad_norm = global_grad_norm(self.raw_model.parameters())
+        grad_norm = optim.global_grad_norm(self.parameters)
         self.guard.observe(self.progress.step, self.meters.step_loss, grad_norm)
         self.batch_norm.finish_step(self.plan.accum_steps, grad_norm)
         self.optimizer.step(grad_norm=grad_norm, clip=self.cfg.optimizer.clip_grad)
@@ -182,7 +181,7 @@ class Trainer:
             self.ema.update(self.raw_model, self.progress.step, grad_norm=grad_norm)
         if self.scaler.is_enabled():
             self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=False)
+        optim.clear_gradients(self.parameters, keep_memory=self.plan.accum_steps > 1)
         self.meters.add_step(grad_norm, self.plan.global_batch_size)
         self.progress.advance(self.plan.global_batch_size)
 
@@ -275,7 +274,7 @@ class Trainer:
         self.raw_model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"] if state["ema"] is not None else state["model"])
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        optim.load_optimizer_state(self.optimizer, state["optimizer"])
         if state["scaler"]:  # empty unless the precision was fp16
             self.scaler.load_state_dict(state["scaler"])
 

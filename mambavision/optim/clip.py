@@ -36,6 +36,15 @@ def global_grad_norm(params: Iterable[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 
+def clear_gradients(params: list[Tensor], *, keep_memory: bool) -> None:
+    """keep_memory: zeros, for several backward passes to add to; without it none, and the next one's are taken as they are."""
+    if keep_memory:
+        torch._foreach_zero_([p.grad for p in params if p.grad is not None])  # Optimizer.zero_grad: a kernel for each
+        return
+    for p in params:
+        p.grad = None
+
+
 def gradient_divisor(grad_norm: Tensor, *limits: float | None) -> Tensor:
     """What to divide the gradients by so that their global norm stays within every limit (None or 0: no limit).
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from mambavision.distributed import as_ddp
 from mambavision.engine.compilation import compiled
+from mambavision.optim import clear_gradients
 from tests.unit.model_samples import micro, relative
 
 CLASSES = 5
@@ -45,6 +46,18 @@ def accumulated_gradients(model: nn.Module, call: nn.Module, before_forward, bat
     return [p.grad.clone() for p in model.parameters()]
 
 
+def gradients_taken_as_they_are(call: nn.Module, before_forward, batch, model: nn.Module) -> torch.Tensor:
+    """Of one micro-batch, as the trainer has them where a step has no other."""
+    torch.manual_seed(0)
+    before_forward()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = F.cross_entropy(call(batch[0]).float(), batch[1])
+    loss.backward()
+    result = total([p.grad.clone() for p in model.parameters()])
+    clear_gradients(list(model.parameters()), keep_memory=False)
+    return result
+
+
 def total(gradients: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([g.flatten() for g in gradients])
 
@@ -62,6 +75,18 @@ def test_gradients_accumulate_over_replays_and_equal_eager(model, batches, cuda)
     assert places == [p.grad.data_ptr() for p in model.parameters()]
 
 
+def test_gradients_that_are_taken_as_they_are_belong_to_their_step(model, batches, cuda):
+    for module in model.modules():
+        if hasattr(module, "drop_path"):
+            module.drop_path = 0.0
+    eager = copy.deepcopy(model)
+    expected = [gradients_taken_as_they_are(eager, lambda: None, batch, eager) for batch in batches]
+    call, before_forward = compiled(model, MODE)
+    for step in range(6):
+        got = gradients_taken_as_they_are(call, before_forward, batches[step % 2], model)
+        assert relative(got, expected[step % 2]) < 2e-2
+
+
 def test_dropped_paths_are_a_function_of_the_seed_in_a_replay_too(model, batches, cuda):
     call, before_forward = compiled(model, MODE)
     run = lambda seed: total(accumulated_gradients(model, call, before_forward, batches, seed))  # noqa: E731
@@ -73,17 +98,22 @@ def test_dropped_paths_are_a_function_of_the_seed_in_a_replay_too(model, batches
 
 
 def test_under_ddp_gradients_are_what_they_are_without(model, batches, cuda):
+    def both(call, before_forward, model):
+        for _ in range(3):
+            accumulated = total(accumulated_gradients(model, call, before_forward, batches, 0))
+        clear_gradients(list(model.parameters()), keep_memory=False)
+        call.require_backward_grad_sync = True
+        for _ in range(3):
+            single = gradients_taken_as_they_are(call, before_forward, batches[0], model)
+        return accumulated, single
+
     alone = copy.deepcopy(model)
-    call, before_forward = compiled(alone, MODE)
-    for _ in range(3):
-        expected = total(accumulated_gradients(alone, call, before_forward, batches, 0))
-    store = dist.HashStore()
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    expected = both(*compiled(alone, MODE), alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         call, before_forward = compiled(model, MODE)
-        call = as_ddp(call, cuda)
-        for _ in range(3):
-            got = total(accumulated_gradients(model, call, before_forward, batches, 0))
-        assert relative(got, expected) < 2e-2
+        got = both(as_ddp(call, cuda), before_forward, model)
     finally:
         dist.destroy_process_group()
+    for ours, theirs in zip(got, expected, strict=True):
+        assert relative(ours, theirs) < 2e-2
