@@ -49,7 +49,7 @@ def lamb_triton(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """`lamb.lamb_multi_tensor` in three passes over memory, one without weight decay; gradients are left as they are."""
+    """`lamb.lamb_multi_tensor` in two passes over memory, one without weight decay; gradients are left as they are."""
     grads = _laid_out_as(params, grads)  # copies among them live until the launches are queued
     table = _table(params, grads, exp_avgs, exp_avg_sqs)
     logs = [math.log(beta) if beta else -math.inf for beta in betas]
