@@ -7,6 +7,9 @@ The arms take turns within every round, so that whatever else the machine does h
 rounds. All work on the same weights, gradients and moments (so B fits beside the rest), on the parameter list and decay
 groups of the real model. A step is what training needs of it: with the clip of the global gradient norm where the
 optimizer has one (ours and timm's; torch_optimizer's Lamb and AdamW are timed without, in their favour).
+
+On CUDA `ms` lasts until the device is done, `host_ms` until the call returns, and `device_ms` is what the device needs of
+it when all is queued before it begins (not for those that wait for it). `*_torch_kernels` are ours without Triton.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import torch_optimizer
 from torch import nn
 
 from mambavision import create_model
-from mambavision.optim import Lamb, ModelEma, build_param_groups, global_grad_norm
+from mambavision.optim import Lamb, ModelEma, build_param_groups, global_grad_norm, native
 
 OURS = {"step": "lamb_ours", "update": "ema_ours"}
 
@@ -51,7 +54,8 @@ def main() -> None:
         model = create_model(name).to(device)
         times = interleave(arms_of(model), args.rounds, device)
         results += [row(name, arm, values) for arm, values in times.items()]
-        ratios += [ratio_to_ours(name, arm, values, times) for arm, values in times.items() if arm not in OURS.values()]
+        total = {arm: [each["ms"] for each in values] for arm, values in times.items()}
+        ratios += [ratio_to_ours(name, arm, values, total) for arm, values in total.items() if arm not in OURS.values()]
         report(name, model, results, ratios)
     if args.json:
         content = {"machine": machine(device, args.threads), "results": results, "ratios": ratios}
@@ -79,27 +83,60 @@ def arms_of(model: nn.Module) -> dict[str, Callable[[], None]]:
     torch_optimizers = sharing(torch_optimizer.Lamb(groups(), lr=1e-4), 0)
     adamw = sharing(torch.optim.AdamW(groups(), lr=1e-4, fused=True), torch.zeros((), device=parameters[0].device))
     ema, timms_ema = ModelEma(model, 0.9998), timm.utils.ModelEmaV3(model, decay=0.9998)
-    return {
+    norm = global_grad_norm(parameters)
+    arms = {
         "lamb_ours": lambda: ours.step(grad_norm=global_grad_norm(parameters), clip=5.0),
         "lamb_timm": timms.step,
         "lamb_torch_optimizer": torch_optimizers.step,
         "adamw_fused": adamw.step,
-        "ema_ours": lambda: ema.update(model, 0),
+        "ema_ours": lambda: ema.update(model, 0, grad_norm=norm),
         "ema_timm": lambda: timms_ema.update(model, 0),
     }
+    if norm.is_cuda:
+        arms |= {f"{name}_torch_kernels": without_triton(arms[f"{name}_ours"]) for name in ("lamb", "ema")}
+    return arms
 
 
-def interleave(arms: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds per call, one per round, after a round that warms up."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
+def without_triton(call: Callable[[], None]) -> Callable[[], None]:
+    def with_torchs_kernels() -> None:
+        installed, native._triton_available = native._triton_available, lambda: False
+        try:
+            call()
+        finally:
+            native._triton_available = installed
+
+    return with_torchs_kernels
+
+
+def interleave(
+    arms: dict[str, Callable[[], None]], rounds: int, device: torch.device
+) -> dict[str, list[dict[str, float]]]:
+    """Milliseconds per call, one record per round, after a round that warms up."""
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for _ in range(rounds + 1):
         for name, call in arms.items():
-            wait_for(device)
-            start = time.perf_counter()
-            call()
-            wait_for(device)
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append(time_once(call, device))
     return {name: values[1:] for name, values in times.items()}
+
+
+def time_once(call: Callable[[], None], device: torch.device) -> dict[str, float]:
+    wait_for(device)
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter() - start
+    wait_for(device)
+    times = {"ms": (time.perf_counter() - start) * 1e3}
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(
+            int(2e9 * (2 * host + 1e-3))
+        )  # cycles of at most 2 GHz: everything is queued behind it by then
+        begin.record()
+        call()
+        end.record()
+        wait_for(device)
+        times |= {"host_ms": host * 1e3, "device_ms": begin.elapsed_time(end)}
+    return times
 
 
 def wait_for(device: torch.device) -> None:
@@ -111,15 +148,16 @@ def mode_of(arm: str) -> str:
     return "update" if arm.startswith("ema") else "step"
 
 
-def row(model: str, arm: str, values: list[float]) -> dict:
-    """spread: half the interquartile range over the median."""
-    low, median, high = statistics.quantiles(values, n=4)
+def row(model: str, arm: str, values: list[dict[str, float]]) -> dict:
+    """Medians; spread: half the interquartile range of `ms` over its median."""
+    low, median, high = statistics.quantiles((each["ms"] for each in values), n=4)
+    medians = {key: round(statistics.median(each[key] for each in values), 3) for key in values[0]}
     return {
         "model": model,
         "name": arm,
         "mode": mode_of(arm),
         "dtype": "float32",
-        "ms": round(median, 3),
+        **medians,
         "n": len(values),
         "spread": round((high - low) / 2 / median, 4),
     }
@@ -143,7 +181,8 @@ def report(name: str, model: nn.Module, results: list[dict], ratios: list[dict])
     sizes = [p.numel() for p in model.parameters()]
     print(f"{name}: {len(sizes)} tensors, {sum(sizes) / 1e6:.1f}M parameters")
     for result in (r for r in results if r["model"] == name):
-        print(f"  {result['name']:22} {result['ms']:9.2f} ms  +-{result['spread']:.1%}  n={result['n']}")
+        parts = "  host {host_ms:.2f}  device {device_ms:.2f}".format(**result) if "host_ms" in result else ""
+        print(f"  {result['name']:22} {result['ms']:9.2f} ms  +-{result['spread']:.1%}  n={result['n']}{parts}")
     for ratio in (r for r in ratios if r["model"] == name):
         print(f"  {ratio['name']:34} {ratio['ratio']:6.2f}x  [{ratio['lowest']:.2f}-{ratio['highest']:.2f}]")
 

@@ -99,8 +99,8 @@ class _Places:
 def _move(averages: list[Tensor], values: list[Tensor], weight: float, refused: Tensor | None) -> None:
     """average -= weight * (average - value), also refused when values hold nan (buffers of a diverged forward pass).
 
-    That is a plain SGD step, which torch has as one multi-tensor kernel that can be refused on the device: for what ours
-    do not take."""
+    What our kernels do not take is a plain SGD step, which torch has as one multi-tensor kernel that the device can refuse.
+    """
     dtypes = {t.dtype for t in averages}
     for dtype in dtypes:
         mine, theirs = averages, values

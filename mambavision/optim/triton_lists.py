@@ -25,8 +25,8 @@ from mambavision.optim import triton_kernels as kernels
 
 BLOCK = 2048  # elements a program; 16 a thread, all loads of which are in flight at once
 WARPS = 4
-TRUST_WIDTH, TRUST_WARPS = 256, 1  # sums of blocks that a program takes at once; most tensors have fewer
-NORM_WIDTH, NORM_WARPS = 4096, 8
+TRUST_WIDTH, TRUST_WARPS = 1024, 4  # sums that a program takes at once; a tensor of 2 million elements has as many
+NORM_WIDTH, NORM_WARPS = 4096, 8  # by one program, so wide
 
 # Triton decides at import, by TRITON_INTERPRET, whether kernels are compiled for a GPU or interpreted on any device.
 INTERPRETED = not isinstance(kernels.norm_kernel, triton.JITFunction)
@@ -49,7 +49,7 @@ def lamb_triton(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """`lamb.lamb_multi_tensor` in three passes over memory, one without weight decay; gradients are left as they are."""
+    """`lamb.lamb_multi_tensor` in two passes over memory, one without weight decay; gradients are left as they are."""
     grads = _laid_out_as(params, grads)  # copies among them live until the launches are queued
     table = _table(params, grads, exp_avgs, exp_avg_sqs)
     logs = [math.log(beta) if beta else -math.inf for beta in betas]
@@ -126,17 +126,17 @@ def _table(*lists: Sequence[Tensor]) -> _Table:
 
 @lru_cache(maxsize=32)
 def _addresses(device: torch.device, addresses: tuple[tuple[int, ...], ...]) -> Tensor:
-    return _upload(torch.tensor(addresses, dtype=torch.int64).t().contiguous(), device)
+    return _upload(torch.tensor(addresses, dtype=torch.int64, device="cpu").t().contiguous(), device)
 
 
 @lru_cache(maxsize=32)
 def _blocks(device: torch.device, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
     """An empty tensor has a block as well, so that there is always something to launch."""
-    numel = torch.tensor(sizes)
+    numel = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     counts = (numel.add(BLOCK - 1) // BLOCK).clamp(min=1)
     first_blocks = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     tensor = torch.repeat_interleave(counts)
-    begin = (torch.arange(len(tensor)) - first_blocks[tensor]) * BLOCK
+    begin = (torch.arange(len(tensor), device="cpu") - first_blocks[tensor]) * BLOCK
     blocks = torch.stack([tensor, begin, (numel[tensor] - begin).clamp(max=BLOCK)], 1)
     return _upload(blocks, device), _upload(first_blocks, device), len(tensor)
 

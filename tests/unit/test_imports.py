@@ -46,6 +46,7 @@ def test_a_model_trains_on_the_cpu_without_anything_heavy_or_of_cuda():
         f"assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)",
         "assert not [m for m in sys.modules if m.startswith(('mamba_ssm', 'selective_scan_cuda', 'causal_conv1d'))]",
         "assert not {'mambavision.ops.triton_scan', 'mambavision.ops.mamba_ssm_scan'} & set(sys.modules)",
+        "assert 'mambavision.optim.triton_lists' not in sys.modules",
     )
 
 
