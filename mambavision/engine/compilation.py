@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from data.batch import workers_per_rank
 from mambavision.config import TrainConfig
+from mambavision.engine.stop import NOTICES
 
 _WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # these modes capture CUDA graphs
 
@@ -43,6 +46,7 @@ def compiled(model: nn.Module, mode: str | None) -> tuple[nn.Module, Callable[[]
     """
     if mode is None:
         return model, _nothing
+    start_compilers()
     fast = torch.compile(model, mode=mode, dynamic=False)  # a ramp of image sizes has few of them
     if mode not in _WITH_GRAPHS:
         return fast, _nothing
@@ -52,6 +56,23 @@ def compiled(model: nn.Module, mode: str | None) -> tuple[nn.Module, Callable[[]
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     return fast, torch.compiler.cudagraph_mark_step_begin
+
+
+def start_compilers() -> None:
+    """Torch's processes that compile Triton kernels: a rank's share of the cores, and deaf to notices.
+
+    Schedulers send their notices to every process of a job. Without its compilers a step would wait for ever (torch before
+    2.14) or fail, where it is to be finished and saved. Signals that are held back here stay so in the processes started
+    meanwhile; they end with this one.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(workers_per_rank(None), 32)))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+    try:
+        from torch._inductor.async_compile import AsyncCompile  # starts them, or does so when it is asked to
+
+        AsyncCompile.warm_pool()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _nothing() -> None:

@@ -15,7 +15,7 @@ from types import FrameType
 
 from mambavision.distributed import World, agree
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+NOTICES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _IMPATIENT = 3  # so many Ctrl-C end the process at once
 _HEARD = b"\nstopping: the run ends at the next step, saved; two more Ctrl-C end it at once, unsaved\n"
 _HEEDED_WITHIN = (
@@ -41,7 +41,7 @@ class StopNotice:
         self.previous: dict[int, object] = {}
 
     def __enter__(self) -> StopNotice:
-        for number in _SIGNALS:
+        for number in NOTICES:
             # Of inherited "ignore" settings only nohup's (SIGHUP) is respected: slurm/train.sbatch starts torchrun ignoring
             # USR1, and the ranks inherit that.
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:

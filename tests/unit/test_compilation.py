@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -43,3 +46,26 @@ def test_gradients_exist_before_a_replay_could_lend_its_own() -> None:
     compiled(model, "reduce-overhead")
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
     assert model.head.bias.grad is None
+
+
+@pytest.mark.slow
+def test_compilers_outlive_a_notice_to_all_processes_of_the_job() -> None:
+    program = """
+import os, signal, subprocess, sys, time
+from mambavision.engine.compilation import start_compilers
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
+start_compilers()
+assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+from torch._inductor.async_compile import AsyncCompile
+pool = AsyncCompile.process_pool()
+assert pool.submit(len, "ready").result(120) == 5
+slow = pool.submit(time.sleep, 2)
+notices = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
+for number in notices:
+    signal.signal(number, lambda *_: None)
+    os.killpg(0, number)
+slow.result(60)
+print("finished")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, start_new_session=True)
+    assert result.stdout.endswith("finished\n"), result.stderr
