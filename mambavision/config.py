@@ -194,6 +194,7 @@ class EvalConfig:
 
     checkpoint: str = ""  # ours (raw and EMA weights are both scored) or a published one
     out: str | None = None  # JSON file; None: next to the checkpoint
+    predictions: str | None = None  # a CSV file to be made: each image's top 5, of the moving average if there is one
     batch_size: int = 128
     device: str = "auto"
     precision: str = "auto"
