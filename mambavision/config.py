@@ -75,6 +75,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.05
     decay_rule: str = "published"  # published: none on biases and 1-d parameters | mamba: none on A_log and D either
+    layer_decay: float | None = None  # factor of lr per layer from the head down, each block a layer; None or 1: off
     clip_grad: float | None = 5.0  # global norm the gradient is clipped to; None: off
     lamb_max_grad_norm: float | None = 1.0  # LAMB's own clip, as in timm; None: off
     momentum: float = 0.9  # sgd

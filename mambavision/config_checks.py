@@ -195,6 +195,11 @@ def check_combinations(cfg: TrainConfig) -> None:
         )
     if cfg.debug not in (None, "nan", "profile"):
         raise ConfigError(f"debug={cfg.debug} is not known; type debug=nan or debug=profile, or leave it out")
+    if cfg.model.replace_head and cfg.model.checkpoint is None:
+        raise ConfigError(
+            "model.replace_head=true is for weights that a run begins from, and there are none: type model.checkpoint=PATH (a "
+            "file, or the directory of a run), or model.replace_head=false"
+        )
     if cfg.model.checkpoint is not None and not os.path.exists(cfg.model.checkpoint):
         raise ConfigError(
             f"model.checkpoint={cfg.model.checkpoint} does not exist; give the path of a .pt or .pth.tar file"

@@ -62,6 +62,7 @@ RANGES = {
     "augment.mixup_off_epoch": "[0, inf)",
     "optimizer.lr": "(0, inf)",
     "optimizer.weight_decay": "[0, inf)",
+    "optimizer.layer_decay": "(0, 1]",
     "optimizer.clip_grad": "(0, inf)",
     "optimizer.betas": "[0, 1)",
     "optimizer.eps": "(0, inf)",

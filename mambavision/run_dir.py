@@ -64,7 +64,11 @@ ALLOWED = (
 )
 # Settings that came after runs had been named, at the value that was meant before: those runs keep their names, and
 # nothing has changed about them.
-_ADDED_LATER = {"model.checkpoint_weights": "model", "trainer.grad_checkpointing": False}
+_ADDED_LATER = {
+    "model.checkpoint_weights": "model",
+    "trainer.grad_checkpointing": False,
+    "optimizer.layer_decay": None,
+}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

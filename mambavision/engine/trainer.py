@@ -72,8 +72,8 @@ class Trainer:
         if cfg.trainer.compile:
             model.compile()
         self.model = distributed.data_parallel(model, world)
-        groups = build_param_groups(model, cfg.optimizer.weight_decay, cfg.optimizer.decay_rule)
-        self.optimizer = build_optimizer(cfg.optimizer, groups)
+        o = cfg.optimizer
+        self.optimizer = build_optimizer(o, build_param_groups(model, o.weight_decay, o.decay_rule, o.layer_decay))
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.autocast = autocast_context(precision, world.device)
         self.lr = LearningRate(cfg.schedule, cfg.optimizer.lr, cfg.trainer.epochs, train_loader.steps_per_epoch)
@@ -156,7 +156,7 @@ class Trainer:
         faults.at("step", self.progress.step)
         lr = self.lr(self.progress.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         for index, batch in enumerate(self.micro_batches(batches)):
             images, targets = self.transform(batch, self.epoch, self.progress.step, self.global_micro_index(index))
             self.seed_stochastic_depth(index)

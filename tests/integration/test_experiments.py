@@ -37,6 +37,9 @@ def test_experiment_takes_two_steps(experiment: str, tmp_path: Path):
     overrides = [o for o in SHRUNK if o != "trainer=cpu"] + ["trainer.device=cpu"]
     if experiment.startswith("ablation/pattern"):  # the pattern spells out T's eight and four blocks
         overrides.append("model.architecture.depths=[1,1,8,4]")
+    if experiment == "finetune":  # begins from weights; from the first run's
+        run(compose_train_config([*overrides, f"output_dir={tmp_path}", "run_name=start"]))
+        overrides.append(f"model.checkpoint={tmp_path / 'start'}")
     cfg = compose_train_config([f"experiment={experiment}", *overrides, f"output_dir={tmp_path}", "run_name=x"])
     status = run(cfg)
     assert (status["status"], status["step"]) == ("finished", 2)

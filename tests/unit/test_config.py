@@ -42,6 +42,8 @@ SYNTHETIC = ["data=synthetic"]
         ([*SYNTHETIC, "trainer.epochs=5"], "schedule.warmup_epochs=20 is longer than trainer.epochs=5"),
         ([*SYNTHETIC, "trainer.micro_batch_size=127"], "must be even"),
         ([*SYNTHETIC, "model.checkpoint=/no/such/file"], "/no/such/file does not exist"),
+        (["experiment=finetune", *SYNTHETIC], "type model.checkpoint=PATH"),
+        ([*SYNTHETIC, "optimizer.layer_decay=1.1"], "optimizer.layer_decay=1.1 is out of range"),
         (["data=ffcv", "data.path=null"], "needs data.path=DIR"),
         ([*SYNTHETIC, "data.num_classes=null"], "needs data.num_classes"),
         ([*SYNTHETIC, "debug=yes"], "type debug=nan or debug=profile"),
