@@ -115,6 +115,8 @@ class TrainerConfig:
     threads: int | None = None  # CPU threads of each rank for math; None: cores / local ranks
     ema_decay: float = 0.9998  # of the weights' moving average; 0 turns it off
     ema_warmup: bool = False  # decay grows as (1 + step) / (10 + step) up to ema_decay
+    loss: str = "cross_entropy"  # cross_entropy | bce (binary, mean over images and classes); both on soft targets
+    bce_threshold: float | None = None  # bce: targets above it count as 1, the others as 0; None: as soft as they are
     mesa: MesaConfig = field(default_factory=MesaConfig)
     eval_every_epochs: int = 1
     log_every_steps: int = 50
@@ -142,7 +144,7 @@ class ResumeConfig:
 class GuardConfig:
     max_skipped_steps: int = 5  # so many non-finite steps in a row roll back to the last good checkpoint
     max_rollbacks: int = 1  # one more than this ends the run
-    collapse_loss_margin: float = 0.02  # loss this close to ln(classes) after it was lower counts as collapsed; 0: off
+    collapse_loss_margin: float = 0.02  # loss an image this close to a blind guess's, once lower, is a collapse; 0: off
     collapse_policy: str = "stop"  # stop | rollback | warn
 
 

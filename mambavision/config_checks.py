@@ -151,6 +151,18 @@ def check_combinations(cfg: TrainConfig) -> None:
         raise ConfigError(
             "trainer.mesa distils from the EMA model, which trainer.ema_decay=0 turns off; set trainer.ema_decay=0.9998"
         )
+    if t.loss == "bce" and t.mesa.weight > 0:
+        raise ConfigError(
+            "trainer.mesa distils between answers that compete (softmax), which those of trainer.loss=bce do not; type "
+            "trainer.mesa.weight=0, or trainer.loss=cross_entropy"
+        )
+    if t.bce_threshold is not None and t.loss != "bce":
+        raise ConfigError(f"trainer.bce_threshold={t.bce_threshold:g} belongs to trainer.loss=bce; type that as well")
+    if t.bce_threshold is not None and (a.mixup > 0 or a.cutmix > 0) and cfg.guard.collapse_loss_margin > 0:
+        raise ConfigError(
+            "with trainer.bce_threshold and mixed images the loss of a blind guess is not known, by which the guard tells a "
+            "collapsed model; type guard.collapse_loss_margin=0"
+        )
     if cfg.schedule.warmup_epochs > t.epochs and not cfg.schedule.warmup_prefix:
         raise ConfigError(
             f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} is longer than trainer.epochs={t.epochs}: no step would reach "

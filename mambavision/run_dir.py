@@ -68,6 +68,8 @@ _ADDED_LATER = {
     "model.checkpoint_weights": "model",
     "trainer.grad_checkpointing": False,
     "optimizer.layer_decay": None,
+    "trainer.loss": "cross_entropy",
+    "trainer.bce_threshold": None,
 }
 
 

@@ -49,7 +49,7 @@ def report(trainer: Trainer, refused: Refused) -> None:
 def on_collapse(trainer: Trainer, loss: float) -> None:
     """As guard.collapse_policy says. Raises TrainingFailed where it says stop."""
     guard, policy = trainer.guard, trainer.cfg.guard.collapse_policy
-    cause = f"the model has collapsed: loss {loss:.4f} is that of a blind guess, after {guard.lowest_loss:.4f}"
+    cause = f"the model has collapsed: loss {loss:#.5g} is that of a blind guess, after {guard.lowest_loss:#.5g}"
     if policy == "stop":
         raise TrainingFailed(f"{cause}; lower optimizer.lr, or set guard.collapse_policy=rollback")
     if policy == "rollback":

@@ -21,7 +21,7 @@ from mambavision.engine import checkpoint, faults, recovery, reporting
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.evaluate import evaluate
 from mambavision.engine.guard import Guard, name_first_not_finite
-from mambavision.engine.losses import training_loss
+from mambavision.engine.losses import TrainingLoss
 from mambavision.engine.precision import autocast_context
 from mambavision.engine.profile import StepProfile
 from mambavision.engine.progress import TrainProgress
@@ -76,11 +76,12 @@ class Trainer:
         self.optimizer = build_optimizer(o, build_param_groups(model, o.weight_decay, o.decay_rule, o.layer_decay))
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.autocast = autocast_context(precision, world.device)
+        self.criterion = TrainingLoss(cfg.trainer.loss, cfg.trainer.bce_threshold, cfg.trainer.mesa, plan.accum_steps)
         self.lr = LearningRate(cfg.schedule, cfg.optimizer.lr, cfg.trainer.epochs, train_loader.steps_per_epoch)
         self.progress = TrainProgress()
         self.last_eval: dict[str, Any] = {}
         self.meters = StepMeters(world.device)
-        sizes = dict(num_classes=transform.num_classes, capacity=cfg.trainer.agree_every_steps)
+        sizes = dict(num_classes=transform.num_classes, loss=cfg.trainer.loss, capacity=cfg.trainer.agree_every_steps)
         self.guard = Guard(cfg.guard, device=world.device, fp16=precision == "fp16", **sizes)
         self.meetings = Meetings(cfg.trainer.agree_every_steps)
         self.warm = False  # this process has taken a step
@@ -165,9 +166,7 @@ class Trainer:
                 with self.autocast():
                     logits = faults.spoil(self.model(images), self.progress.step)
                     ema = self.ema.module if self.mesa_is_on else None
-                    loss, mesa = training_loss(
-                        logits, targets, images, self.cfg.trainer.mesa, ema, accum_steps=self.plan.accum_steps
-                    )
+                    loss, mesa = self.criterion(logits, targets, images, ema)
                 self.meters.add_loss(loss, mesa)
                 self.scaler.scale(loss).backward()
         if self.scaler.is_enabled():
