@@ -17,6 +17,7 @@ class ModelConfig:
     checkpoint: str | None = None  # weights to start from: a file (ours, published) or a run's directory; not a resume
     checkpoint_weights: str = "model"  # which of our checkpoint's: model (raw) | ema (the moving average, as scored)
     replace_head: bool = False  # with checkpoint: start a fresh classifier, whatever its classes
+    freeze: str | None = None  # backbone: the head alone learns (a linear probe), all else is as in evaluation
     drop_path: float | None = None  # stochastic depth of the last block; None: the variant's own
     architecture: dict[str, Any] = field(default_factory=dict)  # create_model keywords: depths, window_size, mixer, ...
     init: str = "published"  # published | mamba (Mamba's own initialisation of the step size)

@@ -212,6 +212,11 @@ def check_combinations(cfg: TrainConfig) -> None:
             "model.replace_head=true is for weights that a run begins from, and there are none: type model.checkpoint=PATH (a "
             "file, or the directory of a run), or model.replace_head=false"
         )
+    if cfg.model.freeze and cfg.model.checkpoint is None:
+        raise ConfigError(
+            f"model.freeze={cfg.model.freeze} would keep random weights as they are; type model.checkpoint=PATH (a file, or the "
+            "directory of a run)"
+        )
     if cfg.model.checkpoint is not None and not os.path.exists(cfg.model.checkpoint):
         raise ConfigError(
             f"model.checkpoint={cfg.model.checkpoint} does not exist; give the path of a .pt or .pth.tar file"

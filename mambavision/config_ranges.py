@@ -20,6 +20,7 @@ CHOICES = {
     "trainer.precision": ("auto", "bf16", "fp16", "fp32"),
     "model.init": ("published", "mamba"),
     "model.checkpoint_weights": ("model", "ema"),
+    "model.freeze": ("backbone",),
     "model.window_padding": ("published", "tight"),
     "model.scan_backend": ("auto", "cpu", "triton", "mamba_ssm", "reference"),
     "logger.wandb": ("auto", "online", "offline", "off"),

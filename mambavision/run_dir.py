@@ -67,6 +67,7 @@ ALLOWED = (
 _ADDED_LATER = {
     "model.checkpoint_weights": "model",
     "trainer.grad_checkpointing": False,
+    "model.freeze": None,
     "optimizer.layer_decay": None,
     "trainer.loss": "cross_entropy",
     "trainer.bce_threshold": None,

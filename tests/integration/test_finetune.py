@@ -12,6 +12,7 @@ from mambavision.engine import checkpoint
 from mambavision.engine.session import run
 from mambavision.optim import OPTIMIZERS
 from mambavision.telemetry.sinks import read_events
+from tests.integration.torchrun import train as torchrun
 from tests.unit.data_samples import make_folder
 
 TINY = [
@@ -96,3 +97,45 @@ def test_turning_layer_decay_on_in_a_run_is_answered_with_what_to_do(tmp_path: P
         train(tmp_path, "x", "optimizer.layer_decay=0.8")
     with pytest.raises(ValueError, match="its parameters in other groups"):
         train(tmp_path, "x", "optimizer.layer_decay=0.8", "resume.allow=[optimizer.layer_decay]")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_behind_a_frozen_backbone_the_head_alone_learns(precision: str, tmp_path: Path):
+    """Also where BatchNorm's statistics are averaged over accumulated micro-batches, and with stochastic depth."""
+    start = train(tmp_path, "start", "trainer.max_steps=5")
+    words = [f"model.checkpoint={tmp_path / 'start'}", "model.freeze=backbone", f"trainer.precision={precision}"]
+    words += [
+        "model.drop_path=0.5",
+        "trainer.max_steps=5",
+        "optimizer.layer_decay=0.5",
+        "trainer.grad_checkpointing=true",
+    ]
+    frozen = train(tmp_path, "frozen", *words)
+    for kind in ("model", "ema"):
+        changed = {name for name, value in frozen[kind].items() if not torch.equal(value, start["model"][name])}
+        assert changed == {"head.weight", "head.bias"}
+    assert [g["param_names"] for g in frozen["optimizer"]["param_groups"]] == [["head.weight"], ["head.bias"]]
+
+
+@pytest.mark.slow
+def test_a_frozen_backbone_on_two_ranks_trains_the_head_of_one_and_resumes(tmp_path: Path):
+    start = train(tmp_path, "start", "trainer.max_steps=5")
+    words = [*TINY, f"model.checkpoint={tmp_path / 'start'}", "model.freeze=backbone", f"output_dir={tmp_path}"]
+    for name, ranks, steps in (("one", 1, 6), ("two", 2, 3), ("two", 2, 6)):
+        done = torchrun(*words, f"run_name={name}", f"trainer.max_steps={steps}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (
+        checkpoint.load(checkpoint.list_checkpoints(tmp_path / name / "checkpoints")[-1]) for name in ("one", "two")
+    )
+    assert one["progress"]["step"] == two["progress"]["step"] == 6
+    for name, value in two["model"].items():
+        if name.startswith("head."):
+            torch.testing.assert_close(value, one["model"][name], rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(value, start["model"][name]), name
+    norms = [
+        [e["train/grad_norm"] for e in read_events(tmp_path / name / "metrics.jsonl") if e["event"] == "train"]
+        for name in ("one", "two")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)

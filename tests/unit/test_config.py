@@ -52,6 +52,8 @@ SYNTHETIC = ["data=synthetic"]
         ([*SYNTHETIC, "trainer.bce_threshold=0.2"], "belongs to trainer.loss=bce"),
         ([*SYNTHETIC, "trainer.loss=bce", "trainer.bce_threshold=0.2"], "type guard.collapse_loss_margin=0"),
         ([*SYNTHETIC, "trainer.loss=bce", "trainer.bce_threshold=1"], "it must be more than 0 and less than 1"),
+        ([*SYNTHETIC, "model.freeze=backbone"], "would keep random weights as they are; type model.checkpoint=PATH"),
+        ([*SYNTHETIC, "model.freeze=bakbone"], "did you mean model.freeze=backbone?"),
         (["data=ffcv", "data.path=null"], "needs data.path=DIR"),
         ([*SYNTHETIC, "data.num_classes=null"], "needs data.num_classes"),
         ([*SYNTHETIC, "debug=yes"], "type debug=nan or debug=profile"),
