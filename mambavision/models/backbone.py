@@ -121,9 +121,8 @@ class MambaVision(nn.Module):
         self.head.requires_grad_(True)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.track_running_stats = (
-                    False  # for who moves or averages statistics; those that are there are used
-                )
+                # For who moves or averages statistics; in evaluation torch takes those that are there.
+                module.track_running_stats = False
         self.train(self.training)
 
     def train(self, mode: bool = True) -> MambaVision:

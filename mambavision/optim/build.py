@@ -45,8 +45,8 @@ def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
     if ours != theirs:
         raise ValueError(
             "the checkpoint's optimizer has its parameters in other groups, as another optimizer.decay_rule makes them, or "
-            "optimizer.layer_decay turned on or off: take the stored value, or start another run from its weights with "
-            "model.checkpoint=PATH run_name=NAME"
+            "optimizer.layer_decay or model.freeze turned on or off: take the stored value, or start another run from its "
+            "weights with model.checkpoint=PATH run_name=NAME"
         )
     progress = ("params", "param_names", "step")  # of a group; everything else in it is a setting
     settings = [{k: v for k, v in group.items() if k not in progress} for group in optimizer.param_groups]
