@@ -5,6 +5,7 @@ Examples:
     python eval.py checkpoint=runs/NAME                                   # the best checkpoint of a run, on its own data
     python eval.py checkpoint=PATH.pt data=ffcv data.path=DIR
     python eval.py checkpoint=mambavision_tiny_1k.pth.tar data=folder data.path=DIR   # published: at its own size and crop
+    python eval.py checkpoint=runs/NAME predictions=FILE.csv              # and the top 5 of each image
     torchrun --standalone --nproc_per_node=8 eval.py checkpoint=PATH.pt data.path=DIR  # each image is still counted once
 
 Settings are those of EvalConfig in mambavision/config.py; eval_set=NAME takes a file of conf/eval_set/. Exit codes: 0 scored,

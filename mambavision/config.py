@@ -17,6 +17,7 @@ class ModelConfig:
     checkpoint: str | None = None  # weights to start from: a file (ours, published) or a run's directory; not a resume
     checkpoint_weights: str = "model"  # which of our checkpoint's: model (raw) | ema (the moving average, as scored)
     replace_head: bool = False  # with checkpoint: start a fresh classifier, whatever its classes
+    freeze: str | None = None  # backbone: the head alone learns (a linear probe), all else is as in evaluation
     drop_path: float | None = None  # stochastic depth of the last block; None: the variant's own
     architecture: dict[str, Any] = field(default_factory=dict)  # create_model keywords: depths, window_size, mixer, ...
     init: str = "published"  # published | mamba (Mamba's own initialisation of the step size)
@@ -75,6 +76,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.05
     decay_rule: str = "published"  # published: none on biases and 1-d parameters | mamba: none on A_log and D either
+    layer_decay: float | None = None  # factor of lr per layer from the head down, each block a layer; None or 1: off
     clip_grad: float | None = 5.0  # global norm the gradient is clipped to; None: off
     lamb_max_grad_norm: float | None = 1.0  # LAMB's own clip, as in timm; None: off
     momentum: float = 0.9  # sgd
@@ -115,6 +117,8 @@ class TrainerConfig:
     threads: int | None = None  # CPU threads of each rank for math; None: cores / local ranks
     ema_decay: float = 0.9998  # of the weights' moving average; 0 turns it off
     ema_warmup: bool = False  # decay grows as (1 + step) / (10 + step) up to ema_decay
+    loss: str = "cross_entropy"  # cross_entropy | bce (binary, mean over images and classes); both on soft targets
+    bce_threshold: float | None = None  # bce: targets above it count as 1, the others as 0; None: as soft as they are
     mesa: MesaConfig = field(default_factory=MesaConfig)
     eval_every_epochs: int = 1
     log_every_steps: int = 50
@@ -142,7 +146,7 @@ class ResumeConfig:
 class GuardConfig:
     max_skipped_steps: int = 5  # so many non-finite steps in a row roll back to the last good checkpoint
     max_rollbacks: int = 1  # one more than this ends the run
-    collapse_loss_margin: float = 0.02  # loss this close to ln(classes) after it was lower counts as collapsed; 0: off
+    collapse_loss_margin: float = 0.02  # loss an image this close to a blind guess's, once lower, is a collapse; 0: off
     collapse_policy: str = "stop"  # stop | rollback | warn
 
 
@@ -195,6 +199,7 @@ class EvalConfig:
 
     checkpoint: str = ""  # ours (raw and EMA weights are both scored) or a published one
     out: str | None = None  # JSON file; None: next to the checkpoint
+    predictions: str | None = None  # a CSV file to be made: each image's top 5, of the moving average if there is one
     batch_size: int = 128
     device: str = "auto"
     precision: str = "auto"

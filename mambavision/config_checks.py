@@ -151,6 +151,18 @@ def check_combinations(cfg: TrainConfig) -> None:
         raise ConfigError(
             "trainer.mesa distils from the EMA model, which trainer.ema_decay=0 turns off; set trainer.ema_decay=0.9998"
         )
+    if t.loss == "bce" and t.mesa.weight > 0:
+        raise ConfigError(
+            "trainer.mesa distils between answers that compete (softmax), which those of trainer.loss=bce do not; type "
+            "trainer.mesa.weight=0, or trainer.loss=cross_entropy"
+        )
+    if t.bce_threshold is not None and t.loss != "bce":
+        raise ConfigError(f"trainer.bce_threshold={t.bce_threshold:g} belongs to trainer.loss=bce; type that as well")
+    if t.bce_threshold is not None and (a.mixup > 0 or a.cutmix > 0) and cfg.guard.collapse_loss_margin > 0:
+        raise ConfigError(
+            "with trainer.bce_threshold and mixed images the loss of a blind guess is not known, by which the guard tells a "
+            "collapsed model; type guard.collapse_loss_margin=0"
+        )
     if cfg.schedule.warmup_epochs > t.epochs and not cfg.schedule.warmup_prefix:
         raise ConfigError(
             f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} is longer than trainer.epochs={t.epochs}: no step would reach "
@@ -195,6 +207,16 @@ def check_combinations(cfg: TrainConfig) -> None:
         )
     if cfg.debug not in (None, "nan", "profile"):
         raise ConfigError(f"debug={cfg.debug} is not known; type debug=nan or debug=profile, or leave it out")
+    if cfg.model.replace_head and cfg.model.checkpoint is None:
+        raise ConfigError(
+            "model.replace_head=true is for weights that a run begins from, and there are none: type model.checkpoint=PATH (a "
+            "file, or the directory of a run), or model.replace_head=false"
+        )
+    if cfg.model.freeze and cfg.model.checkpoint is None:
+        raise ConfigError(
+            f"model.freeze={cfg.model.freeze} would keep random weights as they are; type model.checkpoint=PATH (a file, or the "
+            "directory of a run)"
+        )
     if cfg.model.checkpoint is not None and not os.path.exists(cfg.model.checkpoint):
         raise ConfigError(
             f"model.checkpoint={cfg.model.checkpoint} does not exist; give the path of a .pt or .pth.tar file"

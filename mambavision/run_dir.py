@@ -69,6 +69,10 @@ _ADDED_LATER = {
     "model.checkpoint_weights": "model",
     "trainer.grad_checkpointing": False,
     "trainer.compile_mode": "auto",
+    "model.freeze": None,
+    "optimizer.layer_decay": None,
+    "trainer.loss": "cross_entropy",
+    "trainer.bce_threshold": None,
 }
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.batch import Batch
 from data.variants import EvalSet
 from mambavision.distributed import World, sum_over_ranks
 
@@ -21,11 +22,13 @@ def evaluate(
     prepare: Callable[[Tensor], Tensor],
     autocast: Callable[[], torch.autocast],
     world: World,
+    answered: Callable[[str, Tensor, Batch], None] | None = None,
 ) -> dict[str, float]:
     """Top-1, Top-5 (percent) and cross-entropy of each model over all ranks' `batches`, in one pass over the data.
 
     models: prefix -> model, for instance {"": model, "ema_": ema.module}; the keys returned are "<prefix>top1", ...
     prepare: uint8 images (B, 3, H, W) on the device -> what the models take.
+    answered: given each model's prefix and logits (B, classes) for each batch, on the device.
     A loader with an `eval_set` has its answers counted by that set's rules (data/variants.py).
     """
     was_training = {prefix: model.training for prefix, model in models.items()}
@@ -40,12 +43,14 @@ def evaluate(
     for batch in batches:
         batch = batch.to(world.device)
         images = prepare(batch.images)
-        for row, model in enumerate(models.values()):
+        for row, (prefix, model) in enumerate(models.items()):
             with autocast():
                 logits = model(images)
             logits = logits.float()
             counts[row] += eval_set.count(logits, batch.targets, batch.indices)
             losses[row] += F.cross_entropy(logits, batch.targets, reduction="sum")
+            if answered is not None:
+                answered(prefix, logits, batch)
         images_seen += len(batch.targets)
     seen = torch.tensor([images_seen], dtype=torch.float64)
     totals = sum_over_ranks(torch.cat([counts.flatten().cpu(), losses.cpu(), seen]))

@@ -22,10 +22,11 @@ from data.batch import TrainLoader
 from data.order import EpochPlan
 from mambavision.config import GuardConfig, TrainConfig
 from mambavision.config_checks import BatchPlan
+from mambavision.engine.losses import blind_guess
 from mambavision.run_dir import write_atomically
 
 _COLLAPSED_LOGS = 3  # so many log intervals at the loss of a blind guess count as collapse
-_LEARNED = 10.0  # a loss below ln(classes) by this many margins counts as having learned something
+_LEARNED = 10.0  # a loss below a blind guess's by this many margins counts as having learned something
 _FP16_GRACE = 16  # fp16 starts by halving its loss scale, up to log2(65536) times, refusing a step each time
 
 
@@ -46,10 +47,21 @@ class Refused:
 class Guard:
     """Counts per rank; gradients are averaged over ranks, so every rank counts the same refusals."""
 
-    def __init__(self, cfg: GuardConfig, *, num_classes: int, device: torch.device, capacity: int, fp16: bool = False):
-        """capacity: the most steps between two readings."""
+    def __init__(
+        self,
+        cfg: GuardConfig,
+        *,
+        num_classes: int,
+        device: torch.device,
+        capacity: int,
+        fp16: bool = False,
+        loss: str = "cross_entropy",
+    ):
+        """capacity: the most steps between two readings; loss: trainer.loss, whose values `collapsed` is given."""
         self.cfg, self.device = cfg, device
-        self.blind_loss = math.log(num_classes)
+        self.blind_loss = blind_guess(loss, num_classes)
+        # The setting is of an image; bce is a mean over its classes as well.
+        self.margin = cfg.collapse_loss_margin / (num_classes if loss == "bce" else 1)
         self.limit = cfg.max_skipped_steps + (_FP16_GRACE if fp16 else 0)
         self.refused_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         # One row a step since the last reading: refusals in a row, own loss not finite.
@@ -121,7 +133,7 @@ class Guard:
 
     def collapsed(self, mean_loss: float, step: int) -> bool:
         """The loss of each log interval, ending at `step`: whether the model is back at a blind guess for good."""
-        margin = self.cfg.collapse_loss_margin
+        margin = self.margin
         if margin == 0 or not math.isfinite(mean_loss):
             return False
         had_learned = self.lowest_loss < self.blind_loss - _LEARNED * margin

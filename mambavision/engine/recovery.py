@@ -51,7 +51,7 @@ def watch_for_collapse(trainer: Trainer, loss: float) -> None:
     guard, policy = trainer.guard, trainer.cfg.guard.collapse_policy
     if not guard.collapsed(loss, trainer.progress.step):
         return
-    cause = f"the model has collapsed: loss {loss:.4f} is that of a blind guess, after {guard.lowest_loss:.4f}"
+    cause = f"the model has collapsed: loss {loss:#.5g} is that of a blind guess, after {guard.lowest_loss:#.5g}"
     if policy == "stop":
         raise TrainingFailed(f"{cause}; lower optimizer.lr, or set guard.collapse_policy=rollback")
     if policy == "rollback":

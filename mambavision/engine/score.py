@@ -22,6 +22,7 @@ from mambavision.distributed import World
 from mambavision.engine import checkpoint
 from mambavision.engine.evaluate import evaluate
 from mambavision.engine.precision import autocast_context, resolve_precision
+from mambavision.engine.predictions import Predictions
 from mambavision.models.pretrained import find_file, find_weights, load_weights, read_checkpoint
 from mambavision.run_dir import write_atomically
 
@@ -102,7 +103,7 @@ def variant_of(content: Any, path: str) -> str:
 
 
 def score(cfg: EvalConfig) -> dict[str, Any]:
-    """Evaluate, print, and write the JSON file. Returns what was written."""
+    """Evaluate, print, and write the JSON file and, where asked for, the predictions. Returns what is in the JSON file."""
     world = distributed.init_world(cfg.device)
     distributed.check_same_devices(world)
     precision = resolve_precision(cfg.precision, world)
@@ -119,9 +120,22 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
     out = Path(cfg.out).expanduser() if cfg.out else scores_file(path, content, cfg)
     check_answers(loader, cfg)
     distributed.on_main(world, lambda: check_writable(out))
+    table = Path(cfg.predictions).expanduser() if cfg.predictions else None
+    if table is not None:
+        distributed.on_main(world, lambda: check_predictions(table, out))
+    answers = Predictions(
+        list(models)[-1], loader
+    )  # of the moving average, where there is one: its score is what counts
     transform = BatchTransform(AugmentConfig(), cfg.data.mean, cfg.data.std, loader.num_classes, seed=0)
     autocast = autocast_context(precision, world.device)
-    result = evaluate(models, loader, prepare=transform.evaluate, autocast=autocast, world=world)
+    result = evaluate(
+        models,
+        loader,
+        prepare=transform.evaluate,
+        autocast=autocast,
+        world=world,
+        answered=answers.add if table else None,
+    )
     loader.close()
     record = {
         "checkpoint": str(path),
@@ -131,11 +145,14 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
         "precision": precision,
         **{key: getattr(cfg.data, key) for key in _IMPLIED_DATA},
         **result,
+        **({"predictions": str(table), "predictions_of": "ema" if answers.prefix else "model"} if table else {}),
     }
     if world.is_main:
         report(record, models)
         write_atomically(out, json.dumps(record, indent=1) + "\n")
         print(f"written to {out}")
+    if table is not None:
+        answers.write(table, world)
     return record
 
 
@@ -198,7 +215,16 @@ def check_answers(loader: EvalLoader, cfg: EvalConfig) -> None:
         )
 
 
-def check_writable(out: Path) -> None:
+def check_predictions(table: Path, out: Path) -> None:
+    """Raises ValueError where the predictions would replace a file, or cannot be written."""
+    check_writable(table, "predictions=FILE.csv")
+    if table.exists():
+        raise ValueError(f"{table} exists already; remove it, or give another file with predictions=FILE.csv")
+    if table.absolute() == out.absolute():
+        raise ValueError(f"{table} is where the scores go; give another file with predictions=FILE.csv")
+
+
+def check_writable(out: Path, setting: str = "out=FILE") -> None:
     """Before the evaluation, not after it. Raises ValueError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +233,7 @@ def check_writable(out: Path) -> None:
         write_atomically(out.with_name(f"{out.name}.writable"), "")
         out.with_name(f"{out.name}.writable").unlink()
     except OSError as error:
-        raise ValueError(f"cannot write {out}: {error.strerror}; give another file with out=FILE") from error
+        raise ValueError(f"cannot write {out}: {error.strerror}; give another file with {setting}") from error
 
 
 def load_models(cfg: EvalConfig, content: Any, path: Path, device: torch.device) -> dict[str, torch.nn.Module]:

@@ -200,6 +200,8 @@ def build_model(cfg: TrainConfig, num_classes: int, weights: str | None, world: 
         **m.architecture,
     ).to(world.device)
     model.set_grad_checkpointing(cfg.trainer.grad_checkpointing)
+    if m.freeze == "backbone":
+        model.freeze_backbone()
     if cfg.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)
     choose_kernels(cfg.trainer.deterministic)

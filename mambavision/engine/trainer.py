@@ -21,7 +21,7 @@ from mambavision.engine import checkpoint, compilation, faults, recovery, report
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.evaluate import evaluate
 from mambavision.engine.guard import Guard, name_first_not_finite
-from mambavision.engine.losses import training_loss
+from mambavision.engine.losses import TrainingLoss
 from mambavision.engine.precision import autocast_context
 from mambavision.engine.profile import StepProfile
 from mambavision.engine.progress import TrainProgress
@@ -70,15 +70,17 @@ class Trainer:
             name_first_not_finite(model)
         stepped, self.begin_forward = compilation.compiled(model, compilation.compile_mode(cfg, world.device))
         self.model = distributed.data_parallel(stepped, world)
-        groups = optim.build_param_groups(model, cfg.optimizer.weight_decay, cfg.optimizer.decay_rule)
-        self.optimizer = optim.build_optimizer(cfg.optimizer, groups)
+        o = cfg.optimizer
+        groups = optim.build_param_groups(model, o.weight_decay, o.decay_rule, o.layer_decay)
+        self.optimizer = optim.build_optimizer(o, groups)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.autocast = autocast_context(precision, world.device)
+        self.criterion = TrainingLoss(cfg.trainer.loss, cfg.trainer.bce_threshold, cfg.trainer.mesa, plan.accum_steps)
         self.lr = LearningRate(cfg.schedule, cfg.optimizer.lr, cfg.trainer.epochs, train_loader.steps_per_epoch)
         self.progress = TrainProgress()
         self.last_eval: dict[str, Any] = {}
         self.meters = StepMeters(world.device)
-        sizes = dict(num_classes=transform.num_classes, capacity=cfg.trainer.agree_every_steps)
+        sizes = dict(num_classes=transform.num_classes, loss=cfg.trainer.loss, capacity=cfg.trainer.agree_every_steps)
         self.guard = Guard(cfg.guard, device=world.device, fp16=precision == "fp16", **sizes)
         self.meetings = Meetings(cfg.trainer.agree_every_steps)
         self.warm = False  # this process has taken a step
@@ -154,7 +156,7 @@ class Trainer:
         faults.at("step", self.progress.step)
         lr = self.lr(self.progress.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         for index, batch in enumerate(self.micro_batches(batches)):
             images, targets = self.transform(batch, self.epoch, self.progress.step, self.global_micro_index(index))
             self.seed_stochastic_depth(index)
@@ -164,9 +166,7 @@ class Trainer:
                 with self.autocast():
                     logits = faults.spoil(self.model(images), self.progress.step)
                     ema = self.ema.module if self.mesa_is_on else None
-                    loss, mesa = training_loss(
-                        logits, targets, images, self.cfg.trainer.mesa, ema, accum_steps=self.plan.accum_steps
-                    )
+                    loss, mesa = self.criterion(logits, targets, images, ema)
                 self.meters.add_loss(loss, mesa)
                 self.scaler.scale(loss).backward()
         if self.scaler.is_enabled():

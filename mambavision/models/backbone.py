@@ -30,6 +30,8 @@ from mambavision.ops.tracing import is_transformed
 class MambaVision(nn.Module):
     """Hierarchical vision network: convolutions in stages 1 and 2, mixers and attention over windows in 3 and 4."""
 
+    backbone_is_frozen = False
+
     def __init__(self, options: ModelOptions, *, num_classes: int = 1000) -> None:
         super().__init__()
         self.options = options
@@ -111,6 +113,25 @@ class MambaVision(nn.Module):
         if num_classes > 0:
             self.head = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype)
             _init_linear(self.head)
+
+    def freeze_backbone(self) -> None:
+        """From here on the head alone learns: all else keeps its weights and running statistics, and drops no paths."""
+        self.backbone_is_frozen = True
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                # For who moves or averages statistics; in evaluation torch takes those that are there.
+                module.track_running_stats = False
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> MambaVision:
+        """As nn.Module's; a frozen backbone stays in evaluation."""
+        super().train(mode)
+        for name, part in self.named_children():
+            if self.backbone_is_frozen and name != "head":
+                part.eval()
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the input of each block while training and compute the block again in the backward pass."""

@@ -37,7 +37,17 @@ def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
 
     torch takes the settings from the checkpoint as well, and moments as they lie there, which fused kernels would pair with
     the wrong elements of parameters in another memory format.
+    Raises ValueError where the groups have other members: torch knows parameters by their place alone.
     """
+    ours, theirs = (
+        [g.get("param_names") for g in groups] for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    if ours != theirs:
+        raise ValueError(
+            "the checkpoint's optimizer has its parameters in other groups, as another optimizer.decay_rule makes them, or "
+            "optimizer.layer_decay or model.freeze turned on or off: take the stored value, or start another run from its "
+            "weights with model.checkpoint=PATH run_name=NAME"
+        )
     progress = ("params", "param_names", "step")  # of a group; everything else in it is a setting
     settings = [{k: v for k, v in group.items() if k not in progress} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)

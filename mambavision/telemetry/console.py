@@ -91,7 +91,7 @@ class ConsoleSink:
             self.progress.update(self.task, completed=f["step"], **bar)
         mfu = f"  MFU {100 * f['speed/mfu']:.0f} %" if "speed/mfu" in f else ""
         self._print(
-            f"epoch {f['epoch']}  step {f['step']}/{f['total_steps']}  loss {f['train/loss']:.4f}  lr "
+            f"epoch {f['epoch']}  step {f['step']}/{f['total_steps']}  loss {f['train/loss']:#.5g}  lr "
             f"{f['optimizer.lr']:.2e}  "
             f"{f['speed/img_per_sec']:,.0f} img/s{mfu}  data {100 * f['speed/data_wait_fraction']:.0f} %  "
             f"{f['speed/memory_gib']:.1f} GiB  eta {remaining}"

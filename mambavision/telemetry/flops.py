@@ -63,4 +63,5 @@ def training_flops(model: nn.Module, image_size: int) -> float:
             functional_call(model, shapes, (image,))
     finally:
         model.train(was_training)
-    return 3.0 * counter.get_total_flops()
+    # Forward, and gradients of activations and of weights; behind a frozen backbone there are next to none.
+    return (3.0 if all(p.requires_grad for p in model.parameters()) else 1.0) * counter.get_total_flops()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from mambavision.compose import compose_train_config, group_choices
+from mambavision.engine.losses import blind_guess
 from mambavision.engine.session import run
 from mambavision.telemetry.sinks import read_events
 
@@ -37,6 +39,9 @@ def test_experiment_takes_two_steps(experiment: str, tmp_path: Path):
     overrides = [o for o in SHRUNK if o != "trainer=cpu"] + ["trainer.device=cpu"]
     if experiment.startswith("ablation/pattern"):  # the pattern spells out T's eight and four blocks
         overrides.append("model.architecture.depths=[1,1,8,4]")
+    if experiment == "finetune":  # begins from weights; from the first run's
+        run(compose_train_config([*overrides, f"output_dir={tmp_path}", "run_name=start"]))
+        overrides.append(f"model.checkpoint={tmp_path / 'start'}")
     cfg = compose_train_config([f"experiment={experiment}", *overrides, f"output_dir={tmp_path}", "run_name=x"])
     status = run(cfg)
     assert (status["status"], status["step"]) == ("finished", 2)
@@ -67,3 +72,17 @@ def test_a_strong_mesa_is_not_taken_for_a_collapse(tmp_path: Path):
     assert run(compose_train_config(words))["status"] == "finished"
     losses = [e["train/loss"] for e in read_events(tmp_path / "x" / "metrics.jsonl") if e["event"] == "train"]
     assert max(losses[5:]) > 2.3026, "else this shows nothing: ln 10 is the loss of a blind guess"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("augment", ["light", "imagenet"])
+def test_binary_cross_entropy_learns(augment: str, tmp_path: Path):
+    words = ["experiment=tiny", "logger=jsonl", "logger.console=off", f"output_dir={tmp_path}", "run_name=x"]
+    words += ["optimizer=adamw", "optimizer.lr=0.01", "augment.auto_augment=none", "trainer.log_every_steps=1"]
+    words += ["trainer.loss=bce", f"augment={augment}", "trainer.epochs=8"]
+    words += [] if augment == "light" else ["trainer.bce_threshold=0.2", "guard.collapse_loss_margin=0"]
+    status = run(compose_train_config(words))
+    losses = [e["train/loss"] for e in read_events(tmp_path / "x" / "metrics.jsonl") if e["event"] == "train"]
+    assert losses[0] == pytest.approx(math.log(2), rel=0.1), "ten coins tossed an image, and the mean of them"
+    assert losses[-1] < blind_guess("bce", 10) * (1 if augment == "light" else 2)
+    assert status["eval/top1"] > 50, "chance is 10"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mambavision import create_model
 from mambavision.distributed import BatchNormAverager
 from mambavision.models.blocks import conv_batch_norm
 from tests.unit.model_samples import micro
@@ -86,3 +87,21 @@ def test_number_of_compiled_graphs_does_not_depend_on_the_number_of_micro_batche
             step(model, averager, list(torch.randn(count, 2, 3, 32, 32)))
         graphs[count] = counter.frame_count
     assert graphs[12] == graphs[2] == 1
+
+
+def test_a_frozen_backbone_computes_in_training_what_it_does_in_evaluation() -> None:
+    torch.manual_seed(0)
+    model = create_model("mambavision_nano", num_classes=3, drop_path=0.5)
+    images = torch.randn(4, 3, 32, 32)
+    model.train()(images)  # so that the statistics are no identity
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model.eval()(images)
+    model.freeze_backbone()
+    model.train()
+    assert model.training and model.head.training and not model.norm.training
+    logits = model(images)
+    logits.sum().backward()
+    torch.testing.assert_close(logits, expected)
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not BatchNormAverager(model).buffers

@@ -52,6 +52,50 @@ def test_frozen_parameters_are_in_no_group_and_empty_groups_are_left_out():
         build_param_groups(model, 0.05, "timm")
 
 
+def test_without_layer_decay_the_groups_are_the_two_of_before():
+    model = create_model("mambavision_nano")
+    before = build_param_groups(model, 0.05)
+    assert [list(group) for group in before] == [["name", "params", "weight_decay"]] * 2
+    for off in (None, 1.0):
+        assert str(build_param_groups(model, 0.05, layer_decay=off)) == str(before)
+
+
+@pytest.mark.parametrize("depths", [(2, 1, 3, 2), (1, 3, 12, 4)])
+def test_layers_are_stem_then_each_block_with_its_stages_downsampling_then_norm_and_head(depths: tuple[int, ...]):
+    model = create_model("mambavision_nano", depths=depths, dim=8, in_dim=8, num_heads=(1, 1, 1, 1))
+    whole = {"decay": [], "no_decay": []}
+    layer_of, scales = {}, {}
+    for group in build_param_groups(model, 0.05, layer_decay=0.5):
+        _, layer, kind = group["name"].split("_", 2)
+        assert group["weight_decay"] == (0.05 if kind == "decay" else 0.0)
+        scales[int(layer)] = group["lr_scale"]
+        layer_of |= {name: int(layer) for name, _ in group["params"]}
+        whole[kind] += [name for name, _ in group["params"]]
+    for group in build_param_groups(model, 0.05):
+        assert sorted(whole[group["name"]]) == sorted(name for name, _ in group["params"])
+    last = sum(depths) + 1
+    assert scales == {layer: 0.5 ** (last - layer) for layer in range(last + 1)}
+    for name, layer in layer_of.items():
+        part, *rest = name.split(".")
+        if part == "levels":
+            stage, kind, block = int(rest[0]), rest[1], int(rest[2]) if rest[1] == "blocks" else -1
+            expected = sum(depths[:stage]) + 1 + block if kind == "blocks" else sum(depths[: stage + 1])
+        else:
+            expected = 0 if part == "patch_embed" else last
+        assert layer == expected, name
+
+
+def test_a_checkpoint_whose_groups_are_others_is_refused_with_what_to_do():
+    model = create_model("mambavision_nano")
+    cfg = OptimizerConfig(name="lamb")
+    state = build_optimizer(cfg, build_param_groups(model, 0.05)).state_dict()
+    optimizer = build_optimizer(cfg, build_param_groups(model, 0.05, layer_decay=0.8))
+    with pytest.raises(
+        ValueError, match=r"optimizer.layer_decay or model.freeze turned on or off: take the stored value"
+    ):
+        load_optimizer_state(optimizer, state)
+
+
 def small_problem(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))

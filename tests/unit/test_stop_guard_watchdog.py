@@ -16,6 +16,7 @@ from mambavision.config import GuardConfig, WatchdogConfig
 from mambavision.distributed import BatchNormAverager, World
 from mambavision.engine import faults
 from mambavision.engine.guard import Guard, TrainingFailed, name_first_not_finite
+from mambavision.engine.losses import blind_guess
 from mambavision.engine.progress import TrainProgress
 from mambavision.engine.stop import Decision, Meetings, StopNotice
 from mambavision.engine.watchdog import Watchdog, read_heartbeats
@@ -81,6 +82,17 @@ def test_collapse_is_a_return_to_the_blind_guess_that_stays() -> None:
     assert [watched.collapsed(blind, step) for step in (40, 50, 60)] == [False, False, True]
     assert watched.collapse_began == 40
     assert not any(guard(collapse_loss_margin=0.0).collapsed(loss, 1) for loss in (1.0, blind, blind, blind))
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_collapse_is_known_by_the_binary_cross_entropy_as_well(classes: int) -> None:
+    """A mean over the classes: of a thousand, a blind guess costs 0.0079, less than the margin of a cross-entropy."""
+    device = torch.device("cpu")
+    watched = Guard(GuardConfig(), num_classes=classes, device=device, capacity=10, loss="bce")
+    blind = blind_guess("bce", classes)
+    assert not any(watched.collapsed(loss, step) for step, loss in enumerate((0.69, 0.5, blind, blind, blind)))
+    assert not any(watched.collapsed(share * blind, 10) for share in (0.9, 0.5, 0.95, 0.96, 0.97, 0.98))
+    assert [watched.collapsed(blind, step) for step in (40, 50, 60)] == [False, False, True]
 
 
 def test_debug_nan_names_the_first_module_forward_and_backward() -> None:
