@@ -172,6 +172,7 @@ def train_loader(data: DataConfig):
     return build_train_loader(data, AugmentConfig(), seed=0, global_batch_size=30, micro_batch_size=15)
 
 
+@pytest.mark.slow
 def test_an_exception_in_ffcvs_thread_reaches_the_caller(config, monkeypatch):
     from data import ffcv_ops
 

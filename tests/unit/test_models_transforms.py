@@ -32,6 +32,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the image size is a constant of a trace
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_trace_with_gradients_recorded_passes_torchs_own_check_at_another_batch(images, backend):

@@ -60,6 +60,7 @@ def test_compiles_without_a_graph_break_to_the_same_values_and_gradients(autocas
     torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.slow
 def test_exports_as_one_operator():
     model, tokens = TinyMixer().eval(), torch.randn(2, 20, 16)
     program = torch.export.export(model, (tokens,))

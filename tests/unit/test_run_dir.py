@@ -83,6 +83,7 @@ def test_one_who_died_while_taking_over_holds_up_the_next_only_for_a_while(tmp_p
     assert [file.name for file in tmp_path.iterdir()] == ["LOCK"]
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_start_that_takes_long_stays_fresh_on_another_host(tmp_path: Path) -> None:
     owner = RunLock(tmp_path, 0.1)
     owner.acquire()

@@ -41,6 +41,7 @@ def test_reference_gradients_are_those_of_finite_differences_twice():
     assert torch.autograd.gradgradcheck(scan_reference, arguments)
 
 
+@pytest.mark.slow
 def test_a_long_scan_in_chunks_equals_one_piece_in_value_and_gradient():
     from mambavision.ops import reference
 

@@ -276,6 +276,7 @@ def test_a_stall_is_reported_once_with_stacks_and_the_step_is_known_afterwards(t
     assert (beat["step"], beat["phase"], beat["pid"]) == (2, "end", os.getpid())
 
 
+@pytest.mark.slow
 def test_nothing_is_a_stall_before_the_first_step(tmp_path: Path) -> None:
     said: list = []
     with watchdog(tmp_path, said, stall_seconds=0.2):

@@ -85,6 +85,7 @@ def test_fewer_windows_than_threads_are_shared_out_by_the_plain_layers():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_fused_model_has_packed_blocks_where_they_run_and_agrees_with_its_origin():
     torch.manual_seed(0)
     model = mambavision.create_model("mambavision_t", num_classes=10).eval()

@@ -232,6 +232,7 @@ needs_cuobjdump = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_cuobjdump
 @pytest.mark.parametrize("name", ["scan forward, 32 wide, training", "scan backward"])
 def test_kernels_compile_for_an_a100_without_spills(name):
