@@ -23,10 +23,10 @@ from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
 from mambavision.engine import checkpoint
 from mambavision.engine.admission import check_before_start, failures_in_status, locked, log_changes, on_main, refusal
+from mambavision.engine.advice import instead_of_tracebacks
 from mambavision.engine.allocator import keep_freed_memory
 from mambavision.engine.checkpointer import Checkpointer
 from mambavision.engine.failure import first_cause, leave_note
-from mambavision.engine.memory import advice_where_it_is_full
 from mambavision.engine.precision import resolve_precision
 from mambavision.engine.profile import StepProfile
 from mambavision.engine.reporting import log_start
@@ -112,7 +112,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
         try:
             resumed_from = resume(trainer, run_dir)
             log_start(trainer, num_classes, resumed_from, weights)
-            with advice_where_it_is_full(trainer):
+            with instead_of_tracebacks(trainer):
                 status = trainer.fit()
         except BaseException as error:
             refused = bool(refusal(error))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from mambavision.engine.losses import blind_guess
 from mambavision.engine.session import run
 from mambavision.telemetry.sinks import read_events
 
+ROOT = Path(__file__).resolve().parents[2]
 SHRUNK = [
     "data=synthetic",
     "data.num_classes=10",
@@ -86,3 +91,26 @@ def test_binary_cross_entropy_learns(augment: str, tmp_path: Path):
     assert losses[0] == pytest.approx(math.log(2), rel=0.1), "ten coins tossed an image, and the mean of them"
     assert losses[-1] < blind_guess("bce", 10) * (1 if augment == "light" else 2)
     assert status["eval/top1"] > 50, "chance is 10"
+
+
+def test_compiled_steps_give_the_losses_of_eager_ones(tmp_path: Path) -> None:
+    losses = []
+    for compiled in ("false", "true"):
+        drawn_alike = ["model.drop_path=0", "trainer.precision=fp32", f"trainer.compile={compiled}"]
+        run(compose_train_config([*SHRUNK, *drawn_alike, f"output_dir={tmp_path}", f"run_name={compiled}"]))
+        events = read_events(tmp_path / compiled / "metrics.jsonl")
+        losses.append([e["train/loss"] for e in events if e["event"] == "train"])
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_compilation_that_fails_is_answered_with_what_to_type(tmp_path: Path) -> None:
+    arguments = [*SHRUNK, "trainer.compile=true", f"output_dir={tmp_path}", "run_name=run"]
+    environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    result = subprocess.run(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "torch.compile failed" in result.stderr and "type trainer.compile=false" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["refused"]

@@ -1,0 +1,51 @@
+"""What to type where the hardware or the compiler does not carry a run: errors at its first step that each start would meet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from mambavision.telemetry.meters import peak_memory_gib
+
+if TYPE_CHECKING:
+    from mambavision.engine.trainer import Trainer
+
+
+@contextlib.contextmanager
+def instead_of_tracebacks(trainer: Trainer) -> Iterator[None]:
+    """Raises ValueError, which is not started again, for a full memory or a failed compilation of this start's first step (or
+    evaluation, for memory); later they may have passing causes."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        evaluating = trainer.watchdog.phase == "evaluate"
+        if trainer.warm and not (evaluating and trainer.evaluation_seconds is None):
+            raise
+        raise ValueError(_memory_is_full(trainer, evaluating)) from error
+    except RuntimeError as error:
+        if trainer.warm or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch.compile failed ({type(error).__name__}: {reason}); type trainer.compile=false for steps that are not "
+            "compiled, TORCH_LOGS=+dynamo before the command to see more"
+        ) from error
+
+
+def _memory_is_full(trainer: Trainer, evaluating: bool) -> str:
+    settings = trainer.cfg.trainer
+    images = settings.eval_batch_size if evaluating else trainer.plan.micro_batch_size
+    half = max(images // 2, 1)
+    ways = [f"trainer.eval_batch_size={half}"]
+    if not evaluating:
+        ways = [
+            f"trainer.micro_batch_size={half} (the same global batch by accumulation; BatchNorm sees {half} images)"
+        ]
+        ways += [] if settings.grad_checkpointing else ["trainer.grad_checkpointing=true (the same results, slower)"]
+    return (
+        f"the memory of {trainer.world.device} is full, at {peak_memory_gib(trainer.world.device):.1f} GiB for "
+        f"{'evaluating' if evaluating else 'training on'} {images} images at once; type {', or '.join(ways)}"
+    )
