@@ -111,7 +111,7 @@ class TrainerConfig:
     precision: str = "auto"  # auto (bf16 where the hardware has it) | bf16 | fp16 | fp32
     channels_last: bool = True
     compile: bool | None = None  # torch.compile training steps (a minute at the start); None: on CUDA
-    compile_mode: str = "auto"  # auto (CUDA graphs where there is CUDA) | a mode of torch.compile
+    compile_mode: str = "auto"  # auto (CUDA graphs on one GPU) | a mode of torch.compile
     grad_checkpointing: bool = False  # keep only each block's input and compute it again: less memory, slower
     deterministic: bool = False  # CUDA: deterministic kernels, slower; CPU runs are deterministic anyway
     threads: int | None = None  # CPU threads of each rank for math; None: cores / local ranks

@@ -12,26 +12,29 @@ from torch import nn
 
 from data.batch import workers_per_rank
 from mambavision.config import TrainConfig
+from mambavision.distributed import World
 from mambavision.engine.stop import NOTICES
 
 _WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # these modes capture CUDA graphs
 
 
-def compile_mode(cfg: TrainConfig, device: torch.device) -> str | None:
+def compile_mode(cfg: TrainConfig, world: World) -> str | None:
     """The mode for torch.compile; None: steps run eagerly.
 
-    On CUDA steps are compiled unless somebody wants to see or repeat the single operators, and captured in CUDA graphs:
-    launching MambaVision's many small kernels one by one takes a processor longer than a fast GPU needs to run them.
+    On CUDA steps are compiled unless somebody wants to see or repeat the single operators, and on one GPU captured in CUDA
+    graphs: launching MambaVision's many small kernels one by one takes a processor longer than a fast GPU needs to run
+    them. On several GPUs graphs have not been tried beside DDP's exchange, so they are for who asks for them.
     """
+    on_cuda = world.device.type == "cuda"
     wanted = cfg.trainer.compile
     if wanted is None:
         operators_matter = cfg.debug == "nan" or cfg.trainer.deterministic or cfg.trainer.grad_checkpointing
-        wanted = device.type == "cuda" and not operators_matter and _has_c_compiler()
+        wanted = on_cuda and not operators_matter and _has_c_compiler()
     if not wanted:
         return None
     if cfg.trainer.compile_mode != "auto":
         return cfg.trainer.compile_mode
-    return "reduce-overhead" if device.type == "cuda" else "default"
+    return "reduce-overhead" if on_cuda and world.world_size == 1 else "default"
 
 
 def _has_c_compiler() -> bool:

@@ -51,7 +51,7 @@ def log_start(trainer: Trainer, num_classes: int, resumed_from: str | None, weig
         steps_per_epoch=trainer.train_loader.steps_per_epoch,
         total_steps=trainer.last_step,
         precision=trainer.precision,
-        compile_mode=compile_mode(cfg, world.device),
+        compile_mode=compile_mode(cfg, world),
         device=str(world.device),
         provenance=trainer.origin["provenance"],
     )

@@ -68,7 +68,7 @@ class Trainer:
         self.batch_norm = BatchNormAverager(model)
         if cfg.debug == "nan":
             name_first_not_finite(model)
-        stepped, self.begin_forward = compilation.compiled(model, compilation.compile_mode(cfg, world.device))
+        stepped, self.begin_forward = compilation.compiled(model, compilation.compile_mode(cfg, world))
         self.model = distributed.data_parallel(stepped, world)
         o = cfg.optimizer
         groups = optim.build_param_groups(model, o.weight_decay, o.decay_rule, o.layer_decay)

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from mambavision.compose import compose_train_config
+from mambavision.distributed import World
 from mambavision.engine.compilation import compile_mode, compiled
 from tests.unit.model_samples import micro
 
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+def world(device: str, size: int = 1) -> World:
+    return World(rank=0, world_size=size, local_rank=0, local_world_size=size, device=torch.device(device))
 
 
 @pytest.mark.parametrize(
@@ -29,14 +32,20 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 )
 def test_cuda_steps_are_compiled_unless_single_operators_matter(overrides, on_cuda, on_cpu) -> None:
     cfg = compose_train_config(["data=synthetic", *overrides])
-    assert (compile_mode(cfg, CUDA), compile_mode(cfg, CPU)) == (on_cuda, on_cpu)
+    assert (compile_mode(cfg, world("cuda")), compile_mode(cfg, world("cpu"))) == (on_cuda, on_cpu)
+
+
+def test_graphs_beside_other_ranks_are_for_who_asks_for_them() -> None:
+    asked = ["trainer.compile_mode=reduce-overhead"]
+    cfgs = [compose_train_config(["data=synthetic", *overrides]) for overrides in ([], asked)]
+    assert [compile_mode(cfg, world("cuda", 8)) for cfg in cfgs] == ["default", "reduce-overhead"]
 
 
 def test_nothing_is_compiled_by_itself_where_triton_has_no_c_compiler(monkeypatch, tmp_path) -> None:
     cfg = compose_train_config(["data=synthetic"])
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    assert compile_mode(cfg, CUDA) is None
+    assert compile_mode(cfg, world("cuda")) is None
 
 
 @pytest.mark.slow  # imports torch's compiler
