@@ -28,9 +28,10 @@ def instead_of_tracebacks(trainer: Trainer) -> Iterator[None]:
     except RuntimeError as error:
         if trainer.warm or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = getattr(error, "inner_exception", error)
+        said = str(reason).strip().partition("\n")[0]
         raise ValueError(
-            f"torch.compile failed ({type(error).__name__}: {reason}); type trainer.compile=false for steps that are not "
+            f"torch.compile failed ({type(reason).__name__}: {said}); type trainer.compile=false for steps that are not "
             "compiled, TORCH_LOGS=+dynamo before the command to see more"
         ) from error
 
