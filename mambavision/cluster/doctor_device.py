@@ -17,6 +17,7 @@ from mambavision.cluster.doctor import Finding, Plan, has_error, host
 from mambavision.config import TrainConfig
 from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
+from mambavision.engine.compilation import has_c_compiler
 from mambavision.ops.selective_scan import choose_backend, selective_scan_tokens
 
 _SCAN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest value
@@ -55,7 +56,7 @@ def check_torch(cfg: TrainConfig) -> list[Finding]:
             findings.append(Finding("warning", "cuda", told, "somebody else uses it (nvidia-smi)", host()))
         else:
             findings.append(Finding("ok", "cuda", f"{told}, CUDA {torch.version.cuda}", host=host()))
-    return findings if has_error(findings) else [*findings, *_memory(cfg)]
+    return findings if has_error(findings) else [*findings, *_compiler(cfg), *_memory(cfg)]
 
 
 def check_same_device(world: World) -> list[Finding]:
@@ -72,6 +73,13 @@ def check_same_device(world: World) -> list[Finding]:
         told = f"{count} of {ranks[where]} ranks here have no CUDA device, while other ranks of the job have one"
         findings.append(Finding("error", "device", told, "look at nvidia-smi there, and keep the host out", where))
     return findings
+
+
+def _compiler(cfg: TrainConfig) -> list[Finding]:
+    if cfg.trainer.compile is False or has_c_compiler():
+        return []
+    told = "no C compiler: steps cannot be compiled, and Triton's scan does not start"
+    return [Finding("warning", "compiler", told, "install gcc, or name one in CC", host())]
 
 
 def _memory(cfg: TrainConfig) -> list[Finding]:

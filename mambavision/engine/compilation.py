@@ -29,7 +29,7 @@ def compile_mode(cfg: TrainConfig, world: World) -> str | None:
     wanted = cfg.trainer.compile
     if wanted is None:
         operators_matter = cfg.debug == "nan" or cfg.trainer.deterministic or cfg.trainer.grad_checkpointing
-        wanted = on_cuda and not operators_matter and _has_c_compiler()
+        wanted = on_cuda and not operators_matter and has_c_compiler()
     if not wanted:
         return None
     if cfg.trainer.compile_mode != "auto":
@@ -37,7 +37,7 @@ def compile_mode(cfg: TrainConfig, world: World) -> str | None:
     return "reduce-overhead" if on_cuda and world.world_size == 1 else "default"
 
 
-def _has_c_compiler() -> bool:
+def has_c_compiler() -> bool:
     """Triton, which torch.compile's CUDA kernels are written in, builds its launchers with one."""
     return any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang", "cc") if name)
 

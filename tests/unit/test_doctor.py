@@ -217,3 +217,12 @@ def test_the_sizing_table_is_what_the_model_keeps() -> None:
     size = sizing.SIZES["mambavision_t"]
     assert size.params == VARIANTS["mambavision_t"].params
     assert sizing.saved_mib_per_image("mambavision_t", "fp32") == pytest.approx(2 * size.saved_mib, rel=0.05)
+
+
+def test_a_node_without_a_c_compiler_is_told_what_that_costs(monkeypatch, tmp_path: Path) -> None:
+    cfg = compose_train_config(["data=synthetic"])
+    assert doctor_device._compiler(cfg) == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    (finding,) = doctor_device._compiler(cfg)
+    assert finding.level == "warning" and "no C compiler" in finding.message and "gcc" in finding.cure
