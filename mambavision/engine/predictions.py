@@ -41,7 +41,8 @@ class Predictions:
             among[:, classes] = logits[:, classes]
             logits = among
         best = logits.softmax(dim=1).topk(min(_SHOWN, logits.shape[1]), dim=1)
-        asked = torch.stack([batch.indices, batch.targets], dim=1)
+        indices = batch.indices.to(logits.device, non_blocking=True)  # they come on the host
+        asked = torch.stack([indices, batch.targets], dim=1)
         # float64 holds the numbers of samples and classes exactly, so that one tensor holds all.
         self.parts.append(torch.cat([asked.double(), best.indices.double(), best.values.double()], dim=1))
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.batch import Batch
 from data.variants import EvalSet
@@ -39,6 +40,15 @@ def test_a_set_of_some_classes_has_the_model_choose_among_them(tmp_path: Path):
     (row,) = answers.parts[0].tolist()
     assert row[:5] == [0, 4, 2, 4, 1]
     assert row[7:10] == pytest.approx(logits[0, [2, 4, 1]].softmax(0).tolist())
+
+
+@pytest.mark.slow  # imports what the fake device takes
+def test_numbers_that_stay_on_the_host_meet_answers_on_the_device():
+    with FakeTensorMode():  # tensors without values, on devices that need not be there
+        batch = Batch(torch.zeros(4, 3, 8, 8), torch.zeros(4).long(), torch.zeros(4).long()).to("cuda")
+        answers = Predictions("", SimpleNamespace())
+        answers.add("", torch.zeros(4, 9, device="cuda"), batch)
+    assert batch.indices.device.type == "cpu" and answers.parts[0].device.type == "cuda"
 
 
 def test_rows_are_in_the_order_of_the_data_and_of_one_model_alone(tmp_path: Path):
