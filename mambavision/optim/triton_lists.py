@@ -28,6 +28,8 @@ WARPS = 4
 TRUST_WIDTH, TRUST_WARPS = 1024, 4  # sums that a program takes at once; a tensor of 2 million elements has as many
 NORM_WIDTH, NORM_WARPS = 4096, 8  # by one program, so wide
 
+_TABLES = 256  # that are kept; each step walks through those of all parameter groups: 50 for L2 with layer_decay
+
 # Triton decides at import, by TRITON_INTERPRET, whether kernels are compiled for a GPU or interpreted on any device.
 INTERPRETED = not isinstance(kernels.norm_kernel, triton.JITFunction)
 # Older versions of torch take one tensor at a time, for which MambaVision-T's 219 cost 0.07 ms.
@@ -124,12 +126,12 @@ def _table(*lists: Sequence[Tensor]) -> _Table:
     return table
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=_TABLES)
 def _addresses(device: torch.device, addresses: tuple[tuple[int, ...], ...]) -> Tensor:
     return _upload(torch.tensor(addresses, dtype=torch.int64, device="cpu").t().contiguous(), device)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=_TABLES)
 def _blocks(device: torch.device, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
     """An empty tensor has a block as well, so that there is always something to launch."""
     numel = torch.tensor(sizes, dtype=torch.int64, device="cpu")

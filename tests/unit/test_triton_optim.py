@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the optimizer's Triton kernels need the triton package")
 
@@ -178,3 +179,14 @@ def test_optimizer_compiles_without_spills(name, architecture):
     assert usage.stack_bytes == 0, usage
     assert usage.registers <= 168, "fewer than 3 programs of 4 warps on a multiprocessor"
     assert usage.shared_bytes <= 1024, usage
+
+
+def test_a_step_over_all_groups_of_layer_decay_builds_no_table_again():
+    from mambavision.optim import triton_lists
+
+    groups = [[torch.zeros(elements)] for elements in range(1, 51)]  # as many as MambaVision-L2 has
+    for _ in range(2):
+        before = triton_lists._addresses.cache_info().misses, triton_lists._blocks.cache_info().misses
+        for tensors in groups:
+            triton_lists._table(tensors, tensors)
+    assert (triton_lists._addresses.cache_info().misses, triton_lists._blocks.cache_info().misses) == before
