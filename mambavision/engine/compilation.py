@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -61,6 +64,7 @@ def compiled(model: nn.Module, mode: str | None) -> tuple[nn.Module, Callable[[]
     return fast, torch.compiler.cudagraph_mark_step_begin
 
 
+@cache  # once a process: the points of a sweep share them
 def start_compilers() -> None:
     """Torch's processes that compile Triton kernels: a rank's share of the cores, and deaf to notices.
 
@@ -76,6 +80,17 @@ def start_compilers() -> None:
         AsyncCompile.warm_pool()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    atexit.register(_let_idle_compilers_go)  # before torch's own, which came with the import
+
+
+def _let_idle_compilers_go() -> None:
+    """From torch 2.14 on they are ended by SIGTERM, which these do not hear: the process would wait for ten seconds."""
+    from torch._inductor import async_compile
+
+    for pool in async_compile._pool_set:
+        if hasattr(pool, "quiesce") and not pool.pending_futures:
+            with contextlib.suppress(OSError, RuntimeError):  # they are gone, or the pool is closed
+                pool.quiesce()
 
 
 def _nothing() -> None:
