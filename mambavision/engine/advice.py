@@ -17,14 +17,22 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def instead_of_tracebacks(trainer: Trainer) -> Iterator[None]:
     """Raises ValueError, which is not started again, for a full memory or a failed compilation of this start's first step (or
-    evaluation, for memory); later they may have passing causes."""
+    evaluation, for memory); later they may have passing causes.
+
+    A run that goes on has had enough memory once. What is missing now, another process may hold, which a job before this one
+    has left behind: there PyTorch's error keeps its type, so that the run is started again, and says the same besides.
+    """
+    had_stepped, had_evaluated = trainer.progress.step > 0, bool(trainer.last_eval)
     try:
         yield
     except torch.OutOfMemoryError as error:
         evaluating = trainer.watchdog.phase == "evaluate"
         if trainer.warm and not (evaluating and trainer.evaluation_seconds is None):
             raise
-        raise ValueError(_memory_is_full(trainer, evaluating)) from error
+        message = _memory_is_full(trainer, evaluating)
+        if had_evaluated if evaluating else had_stepped:
+            raise torch.OutOfMemoryError(f"{message}; does another process hold some of it (nvidia-smi)?") from error
+        raise ValueError(message) from error
     except RuntimeError as error:
         if trainer.warm or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise

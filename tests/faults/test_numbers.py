@@ -135,3 +135,15 @@ def test_memory_that_is_full_later_on_does_not_keep_the_run_from_going_on(train:
     assert "refused" not in training.status and "OutOfMemoryError" in training.status["cause"]
     assert train.run("run").code == 0
     assert state_hash(training.directory) == reference
+
+
+def test_memory_that_sufficed_before_and_is_full_at_a_resume_does_not_keep_the_run_from_going_on(
+    train: Trainer, reference: str
+) -> None:
+    """The job before may still hold some of it; a refusal would have the scheduler give the run up."""
+    train.run("run", "trainer.max_steps=11")
+    training = train.run("run", fault="memory@11:1/step")
+    assert training.code == 1
+    assert "refused" not in training.status and "does another process hold some of it" in training.status["cause"]
+    assert train.run("run").code == 0
+    assert state_hash(training.directory) == reference
