@@ -207,7 +207,7 @@ def data_parallel(model: nn.Module, world: World) -> nn.Module:
 
 def as_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     device_ids = [device.index] if device.type == "cuda" else None
-    # Buffers: BatchNormAverager keeps them equal. Bucket views: gradients are reduced where they lie, without a copy.
+    # Buffers: BatchNormAverager keeps them equal. Bucket views: gradients are kept in the buckets alone, not twice.
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
 
 

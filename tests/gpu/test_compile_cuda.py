@@ -75,6 +75,26 @@ def test_gradients_accumulate_over_replays_and_equal_eager(model, batches, cuda)
     assert places == [p.grad.data_ptr() for p in model.parameters()]
 
 
+def test_running_statistics_move_in_a_replay_as_they_do_eagerly(model, batches, cuda):
+    for module in model.modules():
+        if hasattr(module, "drop_path"):
+            module.drop_path = 0.0
+    with torch.no_grad():  # the running mean takes up a convolution's bias that the step does not add
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()
+    eager = copy.deepcopy(model)
+    call, before_forward = compiled(model, MODE)
+    for _ in range(4):
+        accumulated_gradients(model, call, before_forward, batches, 0)
+        accumulated_gradients(eager, eager, lambda: None, batches, 0)
+    for (name, ours), theirs in zip(model.named_buffers(), eager.buffers(), strict=True):
+        if ours.is_floating_point():
+            assert relative(ours, theirs) < 2e-2, name
+        else:
+            assert torch.equal(ours, theirs), name
+
+
 def test_gradients_that_are_taken_as_they_are_belong_to_their_step(model, batches, cuda):
     for module in model.modules():
         if hasattr(module, "drop_path"):
