@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -32,7 +33,9 @@ def compile_mode(cfg: TrainConfig, world: World) -> str | None:
     wanted = cfg.trainer.compile
     if wanted is None:
         operators_matter = cfg.debug == "nan" or cfg.trainer.deterministic or cfg.trainer.grad_checkpointing
-        wanted = on_cuda and not operators_matter and has_c_compiler()
+        wanted = (
+            on_cuda and not operators_matter and has_c_compiler() and importlib.util.find_spec("triton") is not None
+        )
     if not wanted:
         return None
     if cfg.trainer.compile_mode != "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
@@ -45,6 +46,12 @@ def test_nothing_is_compiled_by_itself_where_triton_has_no_c_compiler(monkeypatc
     cfg = compose_train_config(["data=synthetic"])
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
+    assert compile_mode(cfg, world("cuda")) is None
+
+
+def test_nothing_is_compiled_by_itself_without_triton(monkeypatch) -> None:
+    cfg = compose_train_config(["data=synthetic"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert compile_mode(cfg, world("cuda")) is None
 
 
