@@ -65,7 +65,7 @@ def test_gradients_exist_before_a_replay_could_lend_its_own() -> None:
 
 
 @pytest.mark.slow
-def test_compilers_outlive_a_notice_to_all_processes_of_the_job_and_are_not_waited_for_at_its_end() -> None:
+def test_compilers_outlive_a_notice_to_all_processes_of_the_job() -> None:
     program = """
 import atexit, os, signal, subprocess, sys, time
 atexit.register(lambda: print(time.monotonic() - end))  # the first to be registered is the last to be called
