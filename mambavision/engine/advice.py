@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def instead_of_tracebacks(trainer: Trainer) -> Iterator[None]:
-    """Raises ValueError, which is not started again, for a full memory or a failed compilation of this start's first step (or
-    evaluation, for memory); later they may have passing causes.
+    """Raises ValueError, which is not started again, for a full memory or a failed compilation at a run's first step (or
+    evaluation, for memory).
 
-    A run that goes on has had enough memory once. What is missing now, another process may hold, which a job before this one
-    has left behind: there PyTorch's error keeps its type, so that the run is started again, and says the same besides.
+    A run that goes on has had enough memory once, and has been compiled. What is missing now another process may hold, which
+    a job before this one has left behind: there PyTorch's error keeps its type, so that the run is started again.
     """
     had_stepped, had_evaluated = trainer.progress.step > 0, bool(trainer.last_eval)
     try:
@@ -34,7 +34,7 @@ def instead_of_tracebacks(trainer: Trainer) -> Iterator[None]:
             raise torch.OutOfMemoryError(f"{message}; does another process hold some of it (nvidia-smi)?") from error
         raise ValueError(message) from error
     except RuntimeError as error:
-        if trainer.warm or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if trainer.warm or had_stepped or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         reason = getattr(error, "inner_exception", error)
         said = str(reason).strip().partition("\n")[0]
