@@ -18,6 +18,7 @@ from data.batch import workers_per_rank
 from mambavision.config import TrainConfig
 from mambavision.distributed import World
 from mambavision.engine.stop import NOTICES
+from mambavision.ops.selective_scan import ENVIRONMENT_OVERRIDE
 
 _WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # these modes capture CUDA graphs
 
@@ -33,9 +34,10 @@ def compile_mode(cfg: TrainConfig, world: World) -> str | None:
     wanted = cfg.trainer.compile
     if wanted is None:
         operators_matter = cfg.debug == "nan" or cfg.trainer.deterministic or cfg.trainer.grad_checkpointing
-        wanted = (
-            on_cuda and not operators_matter and has_c_compiler() and importlib.util.find_spec("triton") is not None
-        )
+        # The reference scan is a loop over tokens, each turn of which would be compiled.
+        is_loop = "reference" in (cfg.model.scan_backend, os.environ.get(ENVIRONMENT_OVERRIDE))
+        can_be = has_c_compiler() and importlib.util.find_spec("triton") is not None
+        wanted = on_cuda and can_be and not operators_matter and not is_loop
     if not wanted:
         return None
     if cfg.trainer.compile_mode != "auto":

@@ -29,6 +29,7 @@ def world(device: str, size: int = 1) -> World:
         (["trainer.grad_checkpointing=true"], None, None),
         (["trainer.deterministic=true"], None, None),
         (["debug=nan"], None, None),
+        (["model.scan_backend=reference"], None, None),
     ],
 )
 def test_cuda_steps_are_compiled_unless_single_operators_matter(overrides, on_cuda, on_cpu) -> None:
