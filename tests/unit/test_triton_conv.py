@@ -1,14 +1,11 @@
 """The Triton token convolution in Triton's interpreter, and compiled ahead for A100 and H100."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("triton", reason="the Triton convolution needs the triton package")
 
 from mambavision.ops import triton_compile
+from tests.unit.triton_interpreter import interpret
 
 IN_INTERPRETER = """
 import torch
@@ -56,12 +53,7 @@ print("FINE")
 
 @pytest.mark.slow  # starts a process of its own
 def test_convolution_and_its_gradients_equal_float64():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", IN_INTERPRETER], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "FINE" in done.stdout
+    assert "FINE" in interpret(IN_INTERPRETER)
 
 
 @pytest.mark.slow

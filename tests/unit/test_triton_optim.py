@@ -1,15 +1,12 @@
 """The optimizer's Triton kernels in Triton's interpreter, and compiled ahead for A100 and H100."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the optimizer's Triton kernels need the triton package")
 
 from mambavision.ops import triton_compile
+from tests.unit.triton_interpreter import interpret
 
 COMMON = """
 import copy, itertools, math, torch
@@ -153,16 +150,7 @@ assert abs(norm_triton(many).item() - len(many) ** 0.5) < 1e-4
     ids=["LAMB equals float64", "LAMB's first step", "refused steps change nothing", "average", "norm"],
 )
 def test_in_the_interpreter(lines: str):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMMON + lines + "print('FINE')"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "FINE" in done.stdout
+    assert "FINE" in interpret(COMMON + lines + "print('FINE')")
 
 
 @pytest.mark.slow

@@ -4,9 +4,6 @@ The interpreter has to be chosen before Triton is imported, so those tests run i
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 pytest.importorskip("triton", reason="the Triton scan needs the triton package")
 
 from mambavision.ops import triton_compile, triton_scan
+from tests.unit.triton_interpreter import interpret
 
 # The package without its __init__, which brings the models, timm and torchvision: seconds that these tests do not need.
 BARE_PACKAGE = f"""
@@ -70,21 +68,8 @@ print("RESULTS " + json.dumps(results))
 """
 
 
-def interpret(script: str, *arguments: str) -> str:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", BARE_PACKAGE + script, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def check_cases(*cases: dict) -> None:
-    output = interpret(IN_INTERPRETER, json.dumps(cases))
+    output = interpret(BARE_PACKAGE + IN_INTERPRETER, json.dumps(cases))
     results = json.loads(output.split("RESULTS ")[1])
     for case, result in zip(cases, results, strict=True):
         # bfloat16 outputs are rounded to 8 bits; the sums over rows and tokens (dA, dD, dbias) stay float32
@@ -183,7 +168,7 @@ print("OPERATOR FINE")
 
 @pytest.mark.slow
 def test_scan_goes_through_compile_export_autocast_and_refuses_double_backward():
-    assert "OPERATOR FINE" in interpret(AS_AN_OPERATOR)
+    assert "OPERATOR FINE" in interpret(BARE_PACKAGE + AS_AN_OPERATOR)
 
 
 def test_a_cpu_tensor_is_told_what_to_do_instead():
