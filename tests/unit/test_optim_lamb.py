@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mambavision.ops.native_build import load_native
-from mambavision.optim import SGD, AdamW, Lamb, build_param_groups, global_grad_norm
+from mambavision.optim import SGD, AdamW, Lamb, build_param_groups, clear_gradients, global_grad_norm
 from mambavision.optim.lamb import lamb_multi_tensor, lamb_native
 
 SHAPES = [(3,), (1,), (5, 7), (17,), (33, 129), (4, 3, 3, 3), (300, 200)]  # the last spans several native chunks
@@ -249,3 +249,13 @@ def test_shards_are_refused_in_words():
 
     with pytest.raises(ValueError, match=r"group 'decay' holds shards of tensors \(FSDP\).* use DDP, or AdamW"):
         Lamb([{"name": "decay", "params": [torch.randn(3).as_subclass(Shard)]}])
+
+
+def test_gradients_are_cleared_where_they_lie_or_given_up():
+    used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    used.square().sum().backward()
+    place = used.grad.data_ptr()
+    clear_gradients([used, unused], keep_memory=True)
+    assert used.grad.data_ptr() == place and not used.grad.any() and unused.grad is None
+    clear_gradients([used, unused], keep_memory=False)
+    assert used.grad is None
