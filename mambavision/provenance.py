@@ -83,7 +83,8 @@ def code_state(root: Path) -> tuple[str | None, bytes | None]:
 def _difference(root: Path, index: Path) -> bytes | None:
     """New files belong to it; they are announced in a copy of the index, the clone's own stays as it is."""
     with tempfile.TemporaryDirectory() as scratch:
-        with_new_files = os.environ | {"GIT_INDEX_FILE": str(shutil.copy(index, scratch))}
+        # With its time (copy2), by which git knows the files that changed in the second in which the index was written.
+        with_new_files = os.environ | {"GIT_INDEX_FILE": str(shutil.copy2(index, scratch))}
         listed = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *_CODE) or b""
         if new_files := [os.fsdecode(name) for name in listed.split(b"\0") if name]:
             _git(root, "add", "--intent-to-add", "--", *new_files, env=with_new_files)

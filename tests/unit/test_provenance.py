@@ -1,5 +1,6 @@
 """The card of a start: which code, with which changes. On real clones."""
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -52,6 +53,19 @@ def test_the_diff_brings_a_clean_clone_to_the_code_that_ran_new_files_included(c
     assert (tmp_path / "again" / "mambavision" / "idea.py").read_bytes() == b"new = True\r\n"
     assert b"images.bin" not in diff and b"config.yaml" not in diff
     assert git(clone, "status", "--porcelain") == status, "the user's index stays as it was"
+
+
+def test_a_change_of_equal_size_in_the_second_of_the_commit_is_seen(clone: Path):
+    """Git takes a file for unchanged by its size and time, unless the index is not newer than the file."""
+    file, second = clone / "mambavision" / "__init__.py", (1_700_000_000, 1_700_000_000)
+    git(clone, "config", "core.trustctime", "false")  # that time cannot be set
+    os.utime(file, second)
+    git(clone, "update-index", "--refresh")
+    os.utime(clone / ".git" / "index", second)
+    file.write_text("one = 2\n")
+    os.utime(file, second)
+
+    assert b"+one = 2" in provenance.code_state(clone)[1]
 
 
 def test_code_that_lies_in_somebody_elses_clone_has_no_revision(clone: Path):
