@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,25 @@ def test_a_model_trains_on_the_cpu_without_anything_heavy_or_of_cuda():
         "assert not [m for m in sys.modules if m.startswith(('mamba_ssm', 'selective_scan_cuda', 'causal_conv1d'))]",
         "assert not {'mambavision.ops.triton_scan', 'mambavision.ops.mamba_ssm_scan'} & set(sys.modules)",
         "assert 'mambavision.optim.triton_lists' not in sys.modules",
+    )
+
+
+@pytest.mark.slow
+def test_a_model_needs_no_more_than_the_package_asks_for(tmp_path: Path):
+    """Who installs the package by pip has torch and numpy, and what these bring with them."""
+    asked = json.loads(re.search(r"^dependencies = (.+)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1])
+    needed = (ROOT / "requirements.txt").read_text().splitlines()
+    assert set(asked) <= set(needed), "the same versions as for training"
+    names = ("timm", "torchvision", "hydra", "omegaconf", "wandb", "ffcv", "torch_optimizer", "cv2", "numba")
+    names += ("psutil", "tqdm", "PIL", "rich", "ninja", "xxhash", "safetensors", "mamba_ssm", "data")
+    run(
+        "import sys",
+        f"sys.modules.update(dict.fromkeys({names}))  # as if they were not installed",
+        "import torch, mambavision",
+        "model = mambavision.create_model('mambavision_nano', num_classes=2)",
+        "model(torch.zeros(1, 3, 32, 32)).sum().backward()",
+        f"torch.save(model.state_dict(), {str(tmp_path / 'weights.pth')!r})",
+        f"mambavision.create_model('mambavision_nano', num_classes=2, checkpoint={str(tmp_path / 'weights.pth')!r})",
     )
 
 
