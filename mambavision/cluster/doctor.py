@@ -19,9 +19,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mambavision.batch_plan import batch_plan
 from mambavision.cluster import sizing
 from mambavision.config import TrainConfig
-from mambavision.config_checks import ConfigError, batch_plan
+from mambavision.config_checks import ConfigError
 from mambavision.models.variants import VARIANTS
 from mambavision.run_dir import run_directory
 from mambavision.telemetry.wandb_mode import wandb_mode

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 import data
 from mambavision import distributed
+from mambavision.batch_plan import batch_plan
 from mambavision.cluster import sizing
 from mambavision.cluster.doctor import Finding, Plan, has_error, host
 from mambavision.config import TrainConfig
-from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
 from mambavision.engine.compilation import has_c_compiler
 from mambavision.ops.selective_scan import choose_backend, selective_scan_tokens

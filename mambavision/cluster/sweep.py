@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mambavision.batch_plan import batch_plan
 from mambavision.cluster.points import Point
-from mambavision.config_checks import ConfigError, batch_plan
+from mambavision.config_checks import ConfigError
 from mambavision.run_dir import RunDirectory, check_resume, run_directory, write_atomically
 from mambavision.telemetry.sinks import read_events
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from data.batch import TrainLoader
 from data.order import EpochPlan
+from mambavision.batch_plan import BatchPlan
 from mambavision.config import GuardConfig, TrainConfig
-from mambavision.config_checks import BatchPlan
 from mambavision.engine.losses import blind_guess
 from mambavision.run_dir import write_atomically
 

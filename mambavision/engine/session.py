@@ -18,8 +18,8 @@ from torch import nn
 import data
 from data.batch_transform import BatchTransform
 from mambavision import create_model, distributed, provenance
+from mambavision.batch_plan import batch_plan
 from mambavision.config import TrainConfig
-from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
 from mambavision.engine import checkpoint
 from mambavision.engine.admission import check_before_start, failures_in_status, locked, log_changes, on_main, refusal

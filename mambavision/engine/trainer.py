@@ -14,8 +14,8 @@ from torch import nn
 from data import keyed_random
 from data.batch import Batch
 from mambavision import distributed, optim
+from mambavision.batch_plan import BatchPlan
 from mambavision.config import TrainConfig
-from mambavision.config_checks import BatchPlan
 from mambavision.distributed import BatchNormAverager, World
 from mambavision.engine import checkpoint, compilation, faults, recovery, reporting
 from mambavision.engine.checkpointer import Checkpointer

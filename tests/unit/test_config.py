@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from mambavision import list_models
+from mambavision.batch_plan import batch_plan
 from mambavision.compose import CONF_DIR, compose_eval_config, compose_train_config, group_choices
 from mambavision.config import EvalConfig, TrainConfig
-from mambavision.config_checks import ConfigError, batch_plan, check_values, known_keys, to_config
+from mambavision.config_checks import ConfigError, check_values, known_keys, to_config
 from mambavision.config_ranges import CHOICES, RANGES
 
 SYNTHETIC = ["data=synthetic"]
