@@ -6,6 +6,7 @@ import math
 import re
 
 CHOICES = {
+    "debug": ("nan", "profile"),
     "data.source": ("ffcv", "folder", "synthetic"),
     "data.crop_mode": ("center", "squash"),
     "data.eval_interpolation": ("bicubic", "bilinear"),
