@@ -33,7 +33,7 @@ def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World, stop: StopNoti
         if (taken_from := lock.acquire()) is not None:
             print(f"note      the lock of a dead training is taken over ({taken_from})", flush=True)
 
-    on_main(world, run_dir, acquire)
+    on_main_in_directory(world, run_dir, acquire)
     try:
         with lock.heartbeat(stop.give) if world.is_main else contextlib.nullcontext():
             yield lock
@@ -42,10 +42,12 @@ def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World, stop: StopNoti
             lock.release()
 
 
-def on_main(world: World, run_dir: RunDirectory, work: Callable[[], T]) -> T:
-    """`distributed.on_main` for work in the run directory: a full or forbidden disk is the user's to mend, on all ranks.
+def on_main_in_directory(world: World, run_dir: RunDirectory, work: Callable[[], T]) -> T:
+    """`distributed.on_main` for work that reads or writes the run directory.
 
-    A storage that fails for a while is not: that ends the start as a fault, after which it may be tried again.
+    Raises:
+        ValueError: on every rank, where the disk is full or forbids it, which the user can mend.
+        OSError: on rank 0, where the storage may come back: that start is a fault, and may be repeated.
     """
 
     def advised() -> T:

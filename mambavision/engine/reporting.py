@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _MOSTLY_START = 0.2  # share of the initial weights in the moving average at the end, above which it scores badly
 
 
-def log_start(trainer: Trainer, num_classes: int, resumed_from: str | None, weights: str | None) -> None:
+def log_start(trainer: Trainer, resumed_from: str | None, weights: str | None) -> None:
     """What begins or goes on here, and what of it may surprise.
 
     resumed_from: the name of this run's checkpoint, if it goes on; weights: the file it began from otherwise.
@@ -42,7 +42,7 @@ def log_start(trainer: Trainer, num_classes: int, resumed_from: str | None, weig
         began_from=began_from,
         model=cfg.model.name,
         parameters=sum(p.numel() for p in trainer.raw_model.parameters()),
-        num_classes=num_classes,
+        num_classes=trainer.transform.num_classes,
         scan_backend=choose_backend(world.device.type, torch.float32, cfg.model.scan_backend),
         train_images=trainer.train_loader.num_samples,
         eval_images=trainer.eval_loader.num_samples,
