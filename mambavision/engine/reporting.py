@@ -48,7 +48,7 @@ def log_start(trainer: Trainer, resumed_from: str | None, weights: str | None) -
         eval_images=trainer.eval_loader.num_samples,
         batch_plan=str(trainer.plan),
         world_size=world.world_size,
-        steps_per_epoch=trainer.train_loader.steps_per_epoch,
+        steps_per_epoch=trainer.steps_per_epoch,
         total_steps=trainer.last_step,
         precision=trainer.precision,
         compile_mode=compile_mode(cfg, world),
@@ -119,7 +119,7 @@ def remaining(trainer: Trainer, measured: dict[str, float]) -> float:
     # Until one is measured: about as long as training on those images takes.
     assumed = trainer.eval_loader.num_samples / measured["speed/img_per_sec"]
     evaluation_seconds = assumed if trainer.evaluation_seconds is None else trainer.evaluation_seconds
-    every_steps = trainer.cfg.trainer.eval_every_epochs * trainer.train_loader.steps_per_epoch
+    every_steps = trainer.cfg.trainer.eval_every_epochs * trainer.steps_per_epoch
     evaluations = evaluations_ahead(trainer.progress.step, trainer.last_step, every_steps)
     training_seconds = (trainer.last_step - trainer.progress.step) * measured["speed/step_seconds"]
     return training_seconds + evaluations * evaluation_seconds

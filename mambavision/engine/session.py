@@ -141,7 +141,7 @@ def resume(trainer: Trainer, run_dir: RunDirectory) -> str | None:
         step = trainer.progress.step
         counted = starts_without_progress(run_dir.path, step)
         if len(counted) >= cfg.max_restarts_without_progress:
-            raise ValueError(no_progress_message(counted, step, trainer.train_loader.steps_per_epoch))
+            raise ValueError(no_progress_message(counted, step, trainer.steps_per_epoch))
         log_changes(run_dir, cfg, world, step, trainer.telemetry)
         for change in provenance.differences(earlier, trainer.origin["provenance"]) if earlier else []:
             trainer.telemetry.log("notice", message=f"changed since the checkpoint: {change}")

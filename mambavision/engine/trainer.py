@@ -19,8 +19,9 @@ from mambavision.config import TrainConfig
 from mambavision.distributed import BatchNormAverager, World
 from mambavision.engine import checkpoint, compilation, faults, recovery, reporting
 from mambavision.engine.checkpointer import Checkpointer
+from mambavision.engine.debug_nan import name_first_not_finite
 from mambavision.engine.evaluate import evaluate
-from mambavision.engine.guard import Guard, name_first_not_finite
+from mambavision.engine.guard import Guard
 from mambavision.engine.losses import TrainingLoss
 from mambavision.engine.precision import autocast_context
 from mambavision.engine.profile import StepProfile
@@ -61,6 +62,7 @@ class Trainer:
         self.train_loader, self.eval_loader, self.transform = train_loader, eval_loader, transform
         self.telemetry, self.checkpointer, self.stop, self.watchdog = telemetry, checkpointer, stop, watchdog
         self.directory, self.origin, self.profile = directory, origin, profile
+        self.steps_per_epoch = train_loader.steps_per_epoch
         self.raw_model, self.parameters = model, list(model.parameters())
         decay = cfg.trainer.ema_decay
         self.ema = optim.ModelEma(model, decay, warmup=cfg.trainer.ema_warmup) if decay else None
@@ -76,12 +78,18 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.autocast = autocast_context(precision, world.device)
         self.criterion = TrainingLoss(cfg.trainer.loss, cfg.trainer.bce_threshold, cfg.trainer.mesa, plan.accum_steps)
-        self.lr = LearningRate(cfg.schedule, cfg.optimizer.lr, cfg.trainer.epochs, train_loader.steps_per_epoch)
+        self.lr = LearningRate(cfg.schedule, cfg.optimizer.lr, cfg.trainer.epochs, self.steps_per_epoch)
         self.progress = TrainProgress()
         self.last_eval: dict[str, Any] = {}
         self.meters = StepMeters(world.device)
-        sizes = dict(num_classes=transform.num_classes, loss=cfg.trainer.loss, capacity=cfg.trainer.agree_every_steps)
-        self.guard = Guard(cfg.guard, device=world.device, fp16=precision == "fp16", **sizes)
+        self.guard = Guard(
+            cfg.guard,
+            device=world.device,
+            capacity=cfg.trainer.agree_every_steps,
+            num_classes=transform.num_classes,
+            loss=cfg.trainer.loss,
+            fp16=precision == "fp16",
+        )
         self.meetings = Meetings(cfg.trainer.agree_every_steps)
         self.warm = False  # this process has taken a step
         self.evaluation_seconds: float | None = None  # what the last evaluation held training up, its checkpoints too
@@ -90,16 +98,16 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        return self.progress.step // self.train_loader.steps_per_epoch
+        return self.progress.step // self.steps_per_epoch
 
     @property
     def epoch_done(self) -> int:
         """The epoch that the last step done belongs to: `epoch` in events and in the records of checkpoints."""
-        return max(self.progress.step - 1, 0) // self.train_loader.steps_per_epoch
+        return max(self.progress.step - 1, 0) // self.steps_per_epoch
 
     @property
     def at_epoch_end(self) -> bool:
-        return self.progress.step > 0 and self.progress.step % self.train_loader.steps_per_epoch == 0
+        return self.progress.step > 0 and self.progress.step % self.steps_per_epoch == 0
 
     @property
     def last_step(self) -> int:
@@ -127,9 +135,8 @@ class Trainer:
 
     def train_epoch(self) -> str:
         """Steps from wherever the run stands to the end of the epoch; "stop" if the ranks agreed to stop before."""
-        steps = self.train_loader.steps_per_epoch
-        batches = self.train_loader.epoch(self.epoch, first_step=self.progress.step % steps)
-        end = min((self.epoch + 1) * steps, self.last_step)
+        batches = self.train_loader.epoch(self.epoch, first_step=self.progress.step % self.steps_per_epoch)
+        end = min((self.epoch + 1) * self.steps_per_epoch, self.last_step)
         self.raw_model.train()
         self.meters.reset()
         with contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext():
@@ -251,10 +258,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "progress": self.progress.state_dict(),
             "guard": self.guard.state_dict(),
-            "plan": {
-                "global_batch_size": self.plan.global_batch_size,
-                "steps_per_epoch": self.train_loader.steps_per_epoch,
-            },
+            "plan": {"global_batch_size": self.plan.global_batch_size, "steps_per_epoch": self.steps_per_epoch},
             "eval": self.last_eval,
             **self.origin,
         }
@@ -264,9 +268,7 @@ class Trainer:
         self.load_weights(state)
         self.guard.load_state_dict(state["guard"])
         self.progress.load_state_dict(state["progress"])
-        self.progress.move(
-            state["plan"], steps_per_epoch=self.train_loader.steps_per_epoch, batch=self.plan.global_batch_size
-        )
+        self.progress.move(state["plan"], steps_per_epoch=self.steps_per_epoch, batch=self.plan.global_batch_size)
         self.last_eval = dict(state["eval"])
 
     def load_weights(self, state: dict[str, Any]) -> None:
