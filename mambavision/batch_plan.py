@@ -41,7 +41,8 @@ def batch_plan(global_batch_size: int, micro_batch_size: int, world_size: int) -
     same_global = ""
     if fitting:
         micro = min(fitting, key=lambda m: abs(m - micro_batch_size))
-        same_global = f", or keep it with trainer.micro_batch_size={micro} (BatchNorm then sees other groups, which changes results)"
+        advice = "BatchNorm then sees other groups, which changes results"
+        same_global = f", or keep it with trainer.micro_batch_size={micro} ({advice})"
     raise ConfigError(
         f"trainer.global_batch_size={global_batch_size} cannot be cut into micro-batches of "
         f"trainer.micro_batch_size={micro_batch_size} on {world_size} rank{'s' * (world_size > 1)}; nearest: "

@@ -110,8 +110,7 @@ class TrainerConfig:
     expected_gpus: int | None = None  # what the preset was planned for; printed when the run differs
     precision: str = "auto"  # auto (bf16 where the hardware has it) | bf16 | fp16 | fp32
     channels_last: bool = True
-    # torch.compile training steps (a minute at the start); None: on CUDA, but for debug=nan, deterministic, grad_checkpointing
-    compile: bool | None = None
+    compile: bool | None = None  # torch.compile training steps; None: on CUDA, with engine/compilation.py's exceptions
     compile_mode: str = "auto"  # auto (CUDA graphs on one GPU) | a mode of torch.compile
     grad_checkpointing: bool = False  # keep only each block's input and compute it again: less memory, slower
     deterministic: bool = False  # CUDA: deterministic kernels, slower; CPU runs are deterministic anyway

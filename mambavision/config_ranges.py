@@ -1,4 +1,4 @@
-"""What single settings may be: one of some words, or a number in an interval. config_checks.py holds values against it."""
+"""What a single setting may be: one of some words, or a number in an interval. config_checks.py does the checking."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class RunLock:
 
     @contextlib.contextmanager
     def heartbeat(self, lost: Callable[[str], None]) -> Iterator[None]:
-        """Keep the lock fresh from a thread of its own, whatever the caller does meanwhile: opening data can take minutes.
+        """Keep the lock fresh from a thread, whatever the caller does meanwhile: opening data can take minutes.
 
         lost(message): called once, if another process has taken the lock over.
         """

@@ -220,7 +220,7 @@ def check_time(cfg: TrainConfig, plan: Plan, img_per_sec: float | None = None) -
     if img_per_sec:
         about, source = "about", "as given"
     else:  # docs/cluster.md, "How large, how long"
-        about, source = "at least", "a third of the published inference rate; plan with two to three times the hours"
+        about, source = "at least", "a third of the published inference rate; plan with one and a half times the hours"
     told = f"{about} {total:.1f} h at {rate:.0f} img/s ({source})"
     if plan.limit_seconds is None:
         return Finding("ok", "time", told)

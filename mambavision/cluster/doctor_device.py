@@ -60,9 +60,9 @@ def check_torch(cfg: TrainConfig) -> list[Finding]:
 
 
 def check_same_device(world: World) -> list[Finding]:
-    """Collective. One error for each host whose ranks compute on the CPU where others have CUDA; the same on every rank.
+    """Collective. One error for each host whose ranks compute on the CPU where others have CUDA; every rank gets all.
 
-    Ranks of both kinds wait for each other for ever in whatever goes over the devices: nothing may after an error.
+    After an error nothing may be exchanged between the devices: CPU and CUDA ranks would wait for each other for ever.
     """
     by_device = distributed.ranks_by_device(world, host())
     if len(by_device) == 1:

@@ -49,7 +49,7 @@ def gpu_memory_gib(name: str, micro_batch_size: int, precision: str = "bf16") ->
 
 
 def expected_train_img_per_sec(name: str) -> float | None:
-    """Of one A100, at most: a third of the published inference rate, as a backward pass costs about two forward passes."""
+    """Of one A100, at most: a third of the published inference rate, as a backward pass costs two forward passes."""
     published = SIZES[name].published_img_per_sec if name in SIZES else None
     return None if published is None else published / 3
 

@@ -57,8 +57,8 @@ def on_main_in_directory(world: World, run_dir: RunDirectory, work: Callable[[],
             if error.errno in _MAY_PASS:
                 raise
             raise ValueError(
-                f"cannot use {error.filename or run_dir.path}: {error.strerror}; free space, mend its permissions, or give "
-                "another output_dir=DIR"
+                f"cannot use {error.filename or run_dir.path}: {error.strerror}; free space, mend its permissions, or "
+                "give another output_dir=DIR"
             ) from error
 
     return distributed.on_main(world, advised)
@@ -107,9 +107,9 @@ def refuse_to_start_over(run_dir: RunDirectory, cfg: TrainConfig) -> None:
     others = sorted(p.name for p in run_dir.path.parent.glob(f"{family}-*") if p != run_dir.path and p.is_dir())
     if others:
         raise ValueError(
-            f"resume.allow={list(cfg.resume.allow)} is for continuing a run, but a setting that makes it another run also "
-            f"gives it another name, and {run_dir.path} holds none. Give the name: run_name={others[0]}"
-            f"{' (or ' + ', '.join(others[1:4]) + ')' if others[1:] else ''}; or leave resume.allow out to start a new one"
+            f"resume.allow={list(cfg.resume.allow)} is for continuing a run, but a changed setting changes a run's "
+            f"derived name too, and {run_dir.path} holds no run. Name the one to continue: run_name={others[0]}"
+            f"{' (or ' + ', '.join(others[1:4]) + ')' if others[1:] else ''}; or leave resume.allow out to start anew"
         )
 
 

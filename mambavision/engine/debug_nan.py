@@ -15,9 +15,9 @@ from mambavision.engine.guard import TrainingFailed
 def name_first_not_finite(model: nn.Module) -> None:
     """debug=nan: the innermost module that makes a value or a gradient that is not finite ends the run with its name.
 
-    A layer with hooks is called by itself, where a fused operator would take its weights otherwise; a module around it is
-    named where none of those that it called was to blame. Looks at every tensor on the host, so steps take many times as
-    long, and sums are rounded otherwise than without.
+    A module around others is named only where none of those it called was to blame. Layers with hooks are called one by
+    one, where a fused operator would otherwise take their weights; so sums are rounded differently than without.
+    Every tensor is looked at on the host, so steps take many times as long.
     """
     # Of the modules that get images, whose gradient nobody asks for; what goes wrong there shows in their parameters'.
     warnings.filterwarnings("ignore", "Full backward hook is firing when gradients are computed with respect to module")

@@ -46,7 +46,10 @@ def is_consequence(error: BaseException) -> bool:
 def first_cause(
     directory: Path, world: World, error: BaseException, since: float, *, refused: bool, silent_seconds: float
 ) -> tuple[str, bool]:
-    """The cause of the rank that failed first, the own error if no other is known to have; and whether it is refused."""
+    """(cause, whether starting again would end alike): of the rank that failed first, else of this rank's own error.
+
+    since: when this start began, seconds since 1970; silent_seconds: without a heartbeat for so long a rank is frozen.
+    """
     own = f"{type(error).__name__}: {error}"
     if world.world_size == 1 or not is_consequence(error):
         return own, refused

@@ -47,7 +47,7 @@ def report(trainer: Trainer, refused: Refused) -> None:
 
 
 def watch_for_collapse(trainer: Trainer, loss: float) -> None:
-    """loss: cross-entropy of a log interval. As guard.collapse_policy says; raises TrainingFailed where it says stop."""
+    """loss: mean cross-entropy of a log interval. Does what guard.collapse_policy says: stop raises TrainingFailed."""
     guard, policy = trainer.guard, trainer.cfg.guard.collapse_policy
     if not guard.collapsed(loss, trainer.progress.step):
         return

@@ -1,4 +1,4 @@
-"""What a run tells the console, metrics.jsonl and W&B: its start, and the figures of an interval; scores where they arise."""
+"""What a run tells its sinks: its start and the figures of each log interval. Other events are logged on the spot."""
 
 from __future__ import annotations
 

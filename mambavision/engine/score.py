@@ -103,7 +103,7 @@ def variant_of(content: Any, path: str) -> str:
 
 
 def score(cfg: EvalConfig) -> dict[str, Any]:
-    """Evaluate, print, and write the JSON file and, where asked for, the predictions. Returns what is in the JSON file."""
+    """Evaluate, print, write the JSON file and, if asked for, the predictions. Returns what the JSON file holds."""
     world = distributed.init_world(cfg.device)
     distributed.check_same_devices(world)
     precision = resolve_precision(cfg.precision, world)
@@ -193,8 +193,9 @@ def check_classes(
     )  # a head may be wider than its data
     if trained != loader.num_classes:
         raise ValueError(
-            f"the checkpoint's model was trained for {trained} classes, {cfg.data.path or cfg.data.source} ({cfg.eval_set}) has "
-            f"{loader.num_classes}; give the data it was trained for (class folders are numbered by the train/ beside them)"
+            f"the checkpoint's model was trained for {trained} classes, {cfg.data.path or cfg.data.source} "
+            f"({cfg.eval_set}) has {loader.num_classes}; give the data it was trained for (class folders are numbered "
+            "by the train/ beside them)"
         )
     names = config.get("class_names") if isinstance(config, dict) else None
     if difference := first_difference(names, loader.class_names):
@@ -207,7 +208,7 @@ def check_classes(
 
 
 def check_answers(loader: EvalLoader, cfg: EvalConfig) -> None:
-    """Raises ValueError where ReaL's answers are not numbered as the data is; the other sets bring ImageNet's numbers."""
+    """Raises ValueError where ReaL's answers and the data number classes differently. Other sets bring their data."""
     if cfg.eval_set == "imagenet_real" and loader.num_classes != _REAL_CLASSES:
         raise ValueError(
             f"eval_set=imagenet_real has answers among ImageNet's {_REAL_CLASSES} classes, the data has "
@@ -266,7 +267,8 @@ def report(record: dict[str, Any], models: dict[str, torch.nn.Module]) -> None:
     for prefix in models:
         name = "EMA weights" if prefix else "weights"
         print(
-            f"  {name:<12} Top-1 {record[f'{prefix}top1']:.3f} %  Top-5 {record[f'{prefix}top5']:.3f} %  loss {record[f'{prefix}loss']:.4f}"
+            f"  {name:<12} Top-1 {record[f'{prefix}top1']:.3f} %  Top-5 {record[f'{prefix}top5']:.3f} %  "
+            f"loss {record[f'{prefix}loss']:.4f}"
         )
         if f"{prefix}mce" in record:
             print(f"  {'':<12} mCE {record[f'{prefix}mce']:.3f} % (of AlexNet's errors)")
