@@ -22,19 +22,23 @@ def instead_of_tracebacks(trainer: Trainer) -> Iterator[None]:
     that is continued had enough memory before, and perhaps a process that an earlier job left behind holds some of it
     now: there PyTorch's error keeps its type, and the run is started again.
     """
-    had_stepped, had_evaluated = trainer.progress.step > 0, bool(trainer.last_eval)
+    run_had_stepped, run_had_evaluated = trainer.progress.step > 0, bool(trainer.last_eval)
     try:
         yield
     except torch.OutOfMemoryError as error:
         evaluating = trainer.watchdog.phase == "evaluate"
-        if trainer.warm and not (evaluating and trainer.evaluation_seconds is None):
+        if trainer.has_stepped and not (evaluating and trainer.evaluation_seconds is None):
             raise
         message = _memory_is_full(trainer, evaluating)
-        if had_evaluated if evaluating else had_stepped:
+        if run_had_evaluated if evaluating else run_had_stepped:
             raise torch.OutOfMemoryError(f"{message}; does another process hold some of it (nvidia-smi)?") from error
         raise ValueError(message) from error
     except RuntimeError as error:
-        if trainer.warm or had_stepped or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if (
+            trainer.has_stepped
+            or run_had_stepped
+            or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        ):
             raise
         reason = getattr(error, "inner_exception", error)
         said = str(reason).strip().partition("\n")[0]

@@ -39,7 +39,6 @@ class Refused:
 
     steps: list[int]
     mine: list[int]  # those of them in which this rank's own loss was not finite
-
     in_a_row: int  # refusals in a row at the time of the reading, those before this reading included
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from mambavision.engine.trainer import Trainer
 
 
-def agree(trainer: Trainer) -> Decision:
-    """What all ranks do next. Collective; refused steps are reported here, and too many of them undone."""
+def meet(trainer: Trainer) -> Decision:
+    """The ranks report refused steps, undo too many of them, and agree on what to do next. Collective."""
     refused = trainer.guard.read()
     trainer.meetings.held(trainer.progress.step)
     if refused.steps:

@@ -23,7 +23,7 @@ _MOSTLY_START = 0.2  # share of the initial weights in the moving average at the
 
 
 def log_start(trainer: Trainer, resumed_from: str | None, weights: str | None) -> None:
-    """What begins or goes on here, and what of it may surprise.
+    """What begins or goes on here.
 
     resumed_from: the name of this run's checkpoint, if it goes on; weights: the file it began from otherwise.
     """
@@ -55,6 +55,12 @@ def log_start(trainer: Trainer, resumed_from: str | None, weights: str | None) -
         device=str(world.device),
         provenance=trainer.origin["provenance"],
     )
+    log_surprises(trainer)
+
+
+def log_surprises(trainer: Trainer) -> None:
+    """What the settings imply and a user may not expect."""
+    cfg, world = trainer.cfg, trainer.world
     start_share = cfg.trainer.ema_decay**trainer.last_step
     if trainer.ema is not None and not cfg.trainer.ema_warmup and start_share > _MOSTLY_START:
         trainer.telemetry.log(

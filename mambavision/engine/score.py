@@ -24,7 +24,7 @@ from mambavision.engine.evaluate import evaluate
 from mambavision.engine.precision import autocast_context, resolve_precision
 from mambavision.engine.predictions import Predictions
 from mambavision.models.pretrained import find_file, find_weights, load_weights, read_checkpoint
-from mambavision.run_dir import write_atomically
+from mambavision.run_dir import plain, write_atomically
 
 # How a variant's published weights are scored.
 _PUBLISHED_SCORING = ("image_size", "crop_pct", "crop_mode")
@@ -170,12 +170,8 @@ def scores_file(path: Path, content: Any, cfg: EvalConfig) -> Path:
     settings = [f"precision={cfg.precision}"] if cfg.precision != "auto" else []
     for group, names in keys.items():
         now = asdict(getattr(cfg, group))
-        settings += [f"{group}.{k}={now[k]}" for k in names if _plain(now[k]) != _plain(own[group].get(k))]
+        settings += [f"{group}.{k}={now[k]}" for k in names if plain(now[k]) != plain(own[group].get(k))]
     return path.with_name(f"{path.name}.{point_name([cfg.eval_set, *settings])}.eval.json")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def check_classes(

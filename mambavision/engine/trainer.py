@@ -91,7 +91,7 @@ class Trainer:
             fp16=precision == "fp16",
         )
         self.meetings = Meetings(cfg.trainer.agree_every_steps)
-        self.warm = False  # this process has taken a step
+        self.has_stepped = False  # this process, whatever step the run is at
         self.evaluation_seconds: float | None = None  # what the last evaluation held training up, its checkpoints too
 
     # ---- position, all derived from progress -------------------------------------------------------------------------
@@ -126,15 +126,15 @@ class Trainer:
         if ended and self.last_eval.get("step") != self.progress.step:
             self.finish_epoch()  # a run that was stopped before its evaluation makes up for it
         while self.progress.step < self.last_step:
-            if self.stop.agreed() is Decision.STOP or self.train_epoch() == "stop":
+            if self.stop.agreed() is Decision.STOP or self.train_epoch() is Decision.STOP:
                 self.save(wait=True)
                 return "preempted"
             self.finish_epoch()
         self.save(wait=True)
         return "finished"
 
-    def train_epoch(self) -> str:
-        """Steps from wherever the run stands to the end of the epoch; "stop" if the ranks agreed to stop before."""
+    def train_epoch(self) -> Decision:
+        """Steps from wherever the run stands to the end of the epoch; STOP if the ranks agreed to stop before it."""
         batches = self.train_loader.epoch(self.epoch, first_step=self.progress.step % self.steps_per_epoch)
         end = min((self.epoch + 1) * self.steps_per_epoch, self.last_step)
         self.raw_model.train()
@@ -142,18 +142,19 @@ class Trainer:
         with contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext():
             while self.progress.step < end:
                 self.train_step(batches)
-                self.after_first_step()
+                if not self.has_stepped:
+                    self.after_first_step()
                 if self.profile is not None:
                     self.profile.step_done(self.progress.step)
                 step, at_end = self.progress.step, self.progress.step == end
                 if step % self.cfg.trainer.log_every_steps == 0 or at_end:
                     recovery.watch_for_collapse(self, reporting.log_training(self))
-                is_boundary = self.meetings.due(step) or self.guard.full or at_end
-                if is_boundary and recovery.agree(self) is Decision.STOP and step < self.last_step:
-                    return "stop"
+                is_meeting = self.meetings.due(step) or self.guard.full or at_end
+                if is_meeting and recovery.meet(self) is Decision.STOP and step < self.last_step:
+                    return Decision.STOP
                 if self.checkpointer is not None and not at_end and self.checkpointer.due(step):
                     self.save()
-        return "end"
+        return Decision.CONTINUE
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over this rank's micro-batches of the global batch."""
@@ -241,12 +242,11 @@ class Trainer:
 
     def after_first_step(self) -> None:
         """What takes long (data, compilation) is over, so from now on a silent rank is a broken one."""
-        if not self.warm:
-            self.warm = True
-            self.watchdog.arm()
-            distributed.set_timeout(self.cfg.watchdog.step_timeout_seconds)
-            if self.checkpointer is not None:
-                self.checkpointer.prepare(self.state_dict())
+        self.has_stepped = True
+        self.watchdog.arm()
+        distributed.set_timeout(self.cfg.watchdog.step_timeout_seconds)
+        if self.checkpointer is not None:
+            self.checkpointer.prepare(self.state_dict())
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
