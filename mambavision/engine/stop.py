@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from mambavision.distributed import World, agree
+from mambavision.processes import start_ticks
 
 NOTICES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _IMPATIENT = 3  # so many Ctrl-C end the process at once
@@ -111,11 +112,8 @@ _IMPORT_TIME = time.time()
 
 def process_start_time() -> float:
     """Seconds since 1970 at which this process was started; where /proc is missing, when this module was imported."""
-    try:
-        with open("/proc/self/stat") as file:
-            ticks = int(file.read().rsplit(")", 1)[1].split()[19])
-        with open("/proc/uptime") as file:
-            uptime = float(file.read().split()[0])
-    except OSError:
+    ticks = start_ticks(os.getpid())
+    if ticks is None:
         return _IMPORT_TIME
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
