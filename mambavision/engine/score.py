@@ -117,15 +117,10 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
     )
     models = load_models(cfg, content, path, world.device)
     check_classes(content, models, loader, cfg, world)
-    out = Path(cfg.out).expanduser() if cfg.out else scores_file(path, content, cfg)
     check_answers(loader, cfg)
-    distributed.on_main(world, lambda: check_writable(out))
-    table = Path(cfg.predictions).expanduser() if cfg.predictions else None
-    if table is not None:
-        distributed.on_main(world, lambda: check_predictions(table, out))
-    answers = Predictions(
-        list(models)[-1], loader
-    )  # of the moving average, where there is one: its score is what counts
+    out, table = output_files(cfg, path, content, world)
+    # Of the moving average, where there is one: its score is what counts.
+    answers = Predictions(list(models)[-1], loader)
     transform = BatchTransform(AugmentConfig(), cfg.data.mean, cfg.data.std, loader.num_classes, seed=0)
     autocast = autocast_context(precision, world.device)
     result = evaluate(
@@ -156,6 +151,16 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
     return record
 
 
+def output_files(cfg: EvalConfig, path: Path, content: Any, world: World) -> tuple[Path, Path | None]:
+    """(scores, predictions or None), both found writable before the evaluation and not after it. Collective."""
+    out = Path(cfg.out).expanduser() if cfg.out else scores_file(path, content, cfg)
+    distributed.on_main(world, lambda: check_writable(out))
+    table = Path(cfg.predictions).expanduser() if cfg.predictions else None
+    if table is not None:
+        distributed.on_main(world, lambda: check_predictions(table, out))
+    return out, table
+
+
 def scores_file(path: Path, content: Any, cfg: EvalConfig) -> Path:
     """Beside the checkpoint, named by the set and by what differs from the checkpoint's own evaluation.
 
@@ -184,9 +189,8 @@ def check_classes(
     head = next(iter(models.values())).head
     width = head.out_features if isinstance(head, torch.nn.Linear) else 0
     config = content.get("config") if isinstance(content, dict) else None
-    trained = (
-        config.get("num_classes", width) if isinstance(config, dict) else width
-    )  # a head may be wider than its data
+    # A head may be wider than its data.
+    trained = config.get("num_classes", width) if isinstance(config, dict) else width
     if trained != loader.num_classes:
         raise ValueError(
             f"the checkpoint's model was trained for {trained} classes, {cfg.data.path or cfg.data.source} "
@@ -222,7 +226,7 @@ def check_predictions(table: Path, out: Path) -> None:
 
 
 def check_writable(out: Path, setting: str = "out=FILE") -> None:
-    """Before the evaluation, not after it. Raises ValueError."""
+    """Raises ValueError where the file, or its directory, cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
