@@ -6,23 +6,16 @@ keeps count on the device, reads the count where the ranks agree anyway, and ask
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.batch import TrainLoader
-from data.order import EpochPlan
-from mambavision.batch_plan import BatchPlan
-from mambavision.config import GuardConfig, TrainConfig
+from mambavision.config import GuardConfig
 from mambavision.engine.losses import blind_guess
-from mambavision.run_dir import write_atomically
 
 _COLLAPSED_LOGS = 3  # so many log intervals at the loss of a blind guess count as collapse
 _LEARNED = 10.0  # a loss below a blind guess's by this many margins counts as having learned something
@@ -147,25 +140,3 @@ class Guard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.refused_in_a_row = state["refused_in_a_row"].to(self.device, copy=True)
         self.rollbacks, self.lowest_loss = int(state["rollbacks"]), float(state["lowest_loss"])
-
-
-def write_refused_samples(
-    directory: Path, step: int, plan: BatchPlan, loader: TrainLoader, cfg: TrainConfig, ranks: list[int]
-) -> None:
-    """nonfinite/step_<n>.json: the sample numbers of a refused step; of `ranks` alone, where those are known."""
-    epoch, first_step = divmod(step, loader.steps_per_epoch)
-    samples = {}
-    for rank in ranks or range(plan.world_size):
-        order = EpochPlan(
-            loader.num_samples,
-            plan.global_batch_size,
-            plan.micro_batch_size,
-            rank=rank,
-            world_size=plan.world_size,
-            repeats=cfg.data.repeated_augmentation,
-        ).rank_order(cfg.seed, epoch, first_step)
-        samples[rank] = order[: plan.global_batch_size // plan.world_size].tolist()
-    with contextlib.suppress(OSError):  # the log has the step, from which the samples follow
-        (directory / "nonfinite").mkdir(exist_ok=True)
-        record = {"step": step, "epoch": epoch, "ranks": ranks, "samples_by_rank": samples}
-        write_atomically(directory / "nonfinite" / f"step_{step:08d}.json", json.dumps(record) + "\n")

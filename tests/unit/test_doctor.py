@@ -220,7 +220,6 @@ def test_an_image_with_a_broken_ffcv_is_not_built(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_sizing_table_is_what_the_model_keeps() -> None:
     size = sizing.SIZES["mambavision_t"]
-    assert size.params == VARIANTS["mambavision_t"].params
     assert sizing.saved_mib_per_image("mambavision_t", "fp32") == pytest.approx(2 * size.saved_mib, rel=0.05)
 
 
