@@ -1,7 +1,7 @@
 """MambaVision (arXiv 2407.08083), trained end to end. Importing it registers the models with timm.
 
-torch and timm take seconds to import, on a shared file system many. They are imported when they are used, so that a slip
-on a command line is answered at once.
+torch and timm take seconds to import, on a shared file system many. They are imported when they are used, so that a
+slip on a command line is answered at once.
 """
 
 from importlib import import_module

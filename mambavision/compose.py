@@ -131,7 +131,7 @@ def _how_to_write(override: str) -> str:
         return "settings are written key=value, e.g. optimizer.lr=0.005"
     escaped = value.replace('"', '\\"')
     quoted = shlex.quote(f'{key}="{escaped}"')
-    return f"a value with ( ) , ~ {{ }} [ ] or the like needs quotes, and those quotes the shell's: {quoted}"
+    return f"a value with ( ) , = ~ {{ }} [ ] or quotes in it is quoted twice, once for the shell; type {quoted}"
 
 
 def _normalise(override: str) -> str:

@@ -38,9 +38,9 @@ class DataConfig:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # subtracted, in units of [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # divided by, in units of [0, 1]
     decoder: str = "native"  # native (ours, exact and keyed) | stock (FFCV's own operations, not reproducible)
-    os_cache: bool = True  # ffcv: let the kernel cache the file (it fits in RAM, or ranks share it)
+    os_cache: bool = True  # ffcv: map the file, which the kernel caches for all ranks; False: each rank reads its pages
     corrupt_images: str = "skip"  # skip: count, name, take the next sample instead | stop: end the run
-    max_corrupt_fraction: float = 0.001  # skip: more than this share of an epoch (and than 3) ends the run; 0: any does
+    max_corrupt_fraction: float = 0.001  # skip: share of a rank's epoch; more, and more than 3, ends the run; 0: any
     verify_checksum: bool = False  # hash the whole .beton at start and compare it with its manifest
     repeated_augmentation: int = 1  # each image this many times in an epoch, differently augmented
     progressive_resolution: tuple[int, ...] = ()  # () off; (start_px, end_px, ramp_start_epoch, ramp_end_epoch)
@@ -72,21 +72,21 @@ class AugmentConfig:
 class OptimizerConfig:
     name: str = "lamb"  # lamb (ours, timm's semantics) | lamb_torch_optimizer | adamw | sgd
     lr: float = 0.005  # peak learning rate for the global batch; never rescaled behind your back
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)  # decay of the first and the second moment a step; not for sgd
+    eps: float = 1e-8  # added to the root of the second moment; not for sgd
+    weight_decay: float = 0.05  # lamb, adamw: apart from the moments; sgd: part of the gradient
     decay_rule: str = "published"  # published: none on biases and 1-d parameters | mamba: none on A_log and D either
     layer_decay: float | None = None  # factor of lr per layer from the head down, each block a layer; None or 1: off
     clip_grad: float | None = 5.0  # global norm the gradient is clipped to; None: off
     lamb_max_grad_norm: float | None = 1.0  # LAMB's own clip, as in timm; None: off
-    momentum: float = 0.9  # sgd
+    momentum: float = 0.9  # of sgd (Nesterov)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     name: str = "cosine"  # cosine | constant
     warmup_epochs: float = 20.0  # linear from warmup_lr to lr
-    warmup_lr: float = 1e-6
+    warmup_lr: float = 1e-6  # where the warm-up begins
     min_lr: float = 5e-6  # where the cosine ends
     warmup_prefix: bool = False  # False, as published: the warm-up replaces the cosine's start | True: precedes it
     cooldown_epochs: int = 0  # epochs at min_lr after trainer.epochs
@@ -96,7 +96,7 @@ class ScheduleConfig:
 class MesaConfig:
     weight: float = 0.0  # weight of the distillation from the EMA model; 0 turns it off
     start_fraction: float = 0.25  # share of trainer.epochs after which it starts
-    temperature: float = 3.0
+    temperature: float = 3.0  # both answers' logits are divided by it; higher: softer targets
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,8 @@ class TrainerConfig:
     device: str = "auto"  # auto (cuda where there is one) | cuda | cpu
     expected_gpus: int | None = None  # what the preset was planned for; printed when the run differs
     precision: str = "auto"  # auto (bf16 where the hardware has it) | bf16 | fp16 | fp32
-    channels_last: bool = True
-    # torch.compile training steps (a minute at the start); None: on CUDA, but for debug=nan, deterministic, grad_checkpointing
-    compile: bool | None = None
+    channels_last: bool = True  # memory format of weights and maps, for speed
+    compile: bool | None = None  # torch.compile training steps; None: on CUDA, with engine/compilation.py's exceptions
     compile_mode: str = "auto"  # auto (CUDA graphs on one GPU) | a mode of torch.compile
     grad_checkpointing: bool = False  # keep only each block's input and compute it again: less memory, slower
     deterministic: bool = False  # CUDA: deterministic kernels, slower; CPU runs are deterministic anyway
@@ -121,8 +120,8 @@ class TrainerConfig:
     loss: str = "cross_entropy"  # cross_entropy | bce (binary, mean over images and classes); both on soft targets
     bce_threshold: float | None = None  # bce: targets above it count as 1, the others as 0; None: as soft as they are
     mesa: MesaConfig = field(default_factory=MesaConfig)
-    eval_every_epochs: int = 1
-    log_every_steps: int = 50
+    eval_every_epochs: int = 1  # epochs between evaluations; the last epoch has one in any case
+    log_every_steps: int = 50  # steps a log interval: loss and speed are its means
     agree_every_steps: int = 10  # ranks agree on stop signals every so many steps, or 5 s where that is sooner
 
 
@@ -163,10 +162,10 @@ class WatchdogConfig:
 @dataclass(frozen=True)
 class LoggerConfig:
     wandb: str = "auto"  # auto (online with a key, else offline) | online | offline | off
-    project: str = "mambavision"
-    entity: str | None = None
-    group: str | None = None
-    tags: tuple[str, ...] = ()
+    project: str = "mambavision"  # W&B's
+    entity: str | None = None  # W&B's user or team; None: the key's default
+    group: str | None = None  # W&B's; None: in a sweep its name
+    tags: tuple[str, ...] = ()  # W&B's; a sweep's point has its settings besides
     init_timeout_seconds: float = 20.0  # then offline, with one warning
     artifacts: bool = False  # at the end of the run, its best and its last checkpoint as W&B artifacts
     console: str = "auto"  # auto (progress bar on a terminal, lines elsewhere) | lines | off
@@ -177,8 +176,8 @@ class TrainConfig:
     """One training run, complete."""
 
     run_name: str = ""  # directory under output_dir; empty: <model>-<data>-<hash of the configuration>
-    output_dir: str = "runs"
-    seed: int = 0
+    output_dir: str = "runs"  # where run directories are made
+    seed: int = 0  # of initial weights, sample order, augmentation and dropped paths
     debug: str | None = None  # nan: name the first module with a non-finite value (slow) | profile: trace five steps
     max_restarts_without_progress: int = 3  # a run that starts so often at the same step ends as failed
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -201,10 +200,10 @@ class EvalConfig:
     checkpoint: str = ""  # ours (raw and EMA weights are both scored) or a published one
     out: str | None = None  # JSON file; None: next to the checkpoint
     predictions: str | None = None  # a CSV file to be made: each image's top 5, of the moving average if there is one
-    batch_size: int = 128
-    device: str = "auto"
-    precision: str = "auto"
-    channels_last: bool = True
+    batch_size: int = 128  # images per forward pass, per rank
+    device: str = "auto"  # auto (cuda where there is one) | cuda | cpu
+    precision: str = "auto"  # auto (bf16 where the hardware has it) | bf16 | fp16 | fp32
+    channels_last: bool = True  # as trainer.channels_last
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     eval_set: str = "val"  # val | imagenet_v2 | imagenet_a | imagenet_r | imagenet_sketch | imagenet_c | imagenet_real

@@ -137,62 +137,15 @@ def check_values(cfg: TrainConfig | EvalConfig) -> None:
                 raise ConfigError(f"{key}={shown} is out of range: it must be {wanted}")
 
 
-def check_combinations(cfg: TrainConfig) -> None:
-    """Refuse settings that contradict each other. The world size is checked later, by `batch_plan`."""
-    t, a = cfg.trainer, cfg.augment
-    if cfg.data.source != "synthetic" and not cfg.data.path:
-        raise ConfigError(
-            f"data={cfg.data.source} needs data.path=DIR (or MAMBAVISION_DATA in the environment); scripts/prepare_data.py "
-            "writes such a directory, and data=synthetic needs none"
-        )
-    if cfg.data.source == "synthetic" and not cfg.data.num_classes:
-        raise ConfigError("data=synthetic needs data.num_classes, for instance data.num_classes=10")
-    if t.mesa.weight > 0 and t.ema_decay == 0:
-        raise ConfigError(
-            "trainer.mesa distils from the EMA model, which trainer.ema_decay=0 turns off; set trainer.ema_decay=0.9998"
-        )
-    if t.loss == "bce" and t.mesa.weight > 0:
-        raise ConfigError(
-            "trainer.mesa distils between answers that compete (softmax), which those of trainer.loss=bce do not; type "
-            "trainer.mesa.weight=0, or trainer.loss=cross_entropy"
-        )
-    if t.bce_threshold is not None and t.loss != "bce":
-        raise ConfigError(f"trainer.bce_threshold={t.bce_threshold:g} belongs to trainer.loss=bce; type that as well")
-    if t.bce_threshold is not None and (a.mixup > 0 or a.cutmix > 0) and cfg.guard.collapse_loss_margin > 0:
-        raise ConfigError(
-            "with trainer.bce_threshold and mixed images the loss of a blind guess is not known, by which the guard tells a "
-            "collapsed model; type guard.collapse_loss_margin=0"
-        )
-    if cfg.schedule.warmup_epochs > t.epochs and not cfg.schedule.warmup_prefix:
-        raise ConfigError(
-            f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} is longer than trainer.epochs={t.epochs}: no step would reach "
-            f"optimizer.lr; type for instance schedule.warmup_epochs={max(t.epochs // 10, 0)}"
-        )
-    if cfg.schedule.min_lr > cfg.optimizer.lr:
-        raise ConfigError(
-            f"schedule.min_lr={cfg.schedule.min_lr:g} is above optimizer.lr={cfg.optimizer.lr:g}; lower min_lr"
-        )
-    if cfg.schedule.warmup_epochs > 0 and cfg.schedule.warmup_lr > cfg.optimizer.lr:
-        raise ConfigError(
-            f"schedule.warmup_lr={cfg.schedule.warmup_lr:g}, where the warm-up begins, is above optimizer.lr="
-            f"{cfg.optimizer.lr:g}; lower warmup_lr, or type schedule.warmup_epochs=0"
-        )
-    if cfg.schedule.name == "constant" and cfg.schedule.cooldown_epochs:
-        raise ConfigError(
-            f"schedule.cooldown_epochs={cfg.schedule.cooldown_epochs} are epochs at the end of a cosine, which schedule=constant "
-            f"does not have; type schedule.cooldown_epochs=0 trainer.epochs={t.epochs + cfg.schedule.cooldown_epochs}"
-        )
-    if (a.mixup > 0 or a.cutmix > 0) and t.micro_batch_size % 2:
-        raise ConfigError(
-            f"mixup and cutmix pair the images of a micro-batch, so trainer.micro_batch_size={t.micro_batch_size} must be even; "
-            "or turn them off: augment.mixup=0 augment.cutmix=0"
-        )
-    for key in ("augment.crop_scale", "augment.crop_ratio"):
-        low, high = lookup(cfg, key)
-        if low > high:
-            raise ConfigError(
-                f"{key}=[{low:g},{high:g}] has its ends the wrong way round; type {key}=[{high:g},{low:g}]"
-            )
+def check(cfg: TrainConfig) -> TrainConfig:
+    """Refuse what a run cannot use. Raises ConfigError. The world size is checked later, by `batch_plan`."""
+    check_values(cfg)
+    for check_group in (_check_run, _check_model, _check_data, _check_loss, _check_schedule, _check_trainer):
+        check_group(cfg)
+    return cfg
+
+
+def _check_run(cfg: TrainConfig) -> None:
     if cfg.run_name and os.path.normpath(cfg.run_name).split(os.sep)[0] in (".", ".."):
         raise ConfigError(
             f"run_name={cfg.run_name} is no directory of its own below output_dir={cfg.output_dir}; type run_name=NAME"
@@ -200,69 +153,99 @@ def check_combinations(cfg: TrainConfig) -> None:
     for key in cfg.resume.allow:
         if not (key in (*known_keys(), "data.fingerprint") or key.startswith("model.architecture.")):
             raise ConfigError(f"resume.allow: {unknown_key_advice(key)}")
+
+
+def _check_model(cfg: TrainConfig) -> None:
+    model = cfg.model
+    if model.checkpoint is not None and not os.path.exists(model.checkpoint):
+        raise ConfigError(
+            f"model.checkpoint={model.checkpoint} does not exist; give a .pt or .pth.tar file, or the directory of a "
+            "run"
+        )
+    if model.replace_head and model.checkpoint is None:
+        raise ConfigError(
+            "model.replace_head=true gives a checkpoint's weights a new head, but no checkpoint is named; type "
+            "model.checkpoint=PATH (a file, or the directory of a run), or model.replace_head=false"
+        )
+    if model.freeze and model.checkpoint is None:
+        raise ConfigError(
+            f"model.freeze={model.freeze} would keep random weights as they are; type model.checkpoint=PATH (a file, "
+            "or the directory of a run)"
+        )
+
+
+def _check_data(cfg: TrainConfig) -> None:
+    data = cfg.data
+    if data.source != "synthetic" and not data.path:
+        raise ConfigError(
+            f"data={data.source} needs data.path=DIR (or MAMBAVISION_DATA in the environment); scripts/prepare_data.py "
+            "writes such a directory, and data=synthetic needs none"
+        )
+    if data.source == "synthetic" and not data.num_classes:
+        raise ConfigError("data=synthetic needs data.num_classes, for instance data.num_classes=10")
+    for key in ("augment.crop_scale", "augment.crop_ratio"):
+        low, high = lookup(cfg, key)
+        if low > high:
+            raise ConfigError(
+                f"{key}=[{low:g},{high:g}] has its ends the wrong way round; type {key}=[{high:g},{low:g}]"
+            )
+
+
+def _check_loss(cfg: TrainConfig) -> None:
+    t, mixes = cfg.trainer, cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
+    if mixes and t.micro_batch_size % 2:
+        raise ConfigError(
+            f"mixup and cutmix pair the images of a micro-batch, so trainer.micro_batch_size={t.micro_batch_size} must "
+            "be even; or turn them off: augment.mixup=0 augment.cutmix=0"
+        )
+    if t.mesa.weight > 0 and t.ema_decay == 0:
+        raise ConfigError(
+            "trainer.mesa distils from the EMA model, which trainer.ema_decay=0 turns off; set trainer.ema_decay=0.9998"
+        )
+    if t.loss == "bce" and t.mesa.weight > 0:
+        raise ConfigError(
+            "trainer.mesa distils softmax probabilities, and trainer.loss=bce trains none; type trainer.mesa.weight=0, "
+            "or trainer.loss=cross_entropy"
+        )
+    if t.bce_threshold is not None and t.loss != "bce":
+        raise ConfigError(
+            f"trainer.bce_threshold={t.bce_threshold:g} belongs to trainer.loss=bce; type trainer.loss=bce as well"
+        )
+    if t.bce_threshold is not None and mixes and cfg.guard.collapse_loss_margin > 0:
+        raise ConfigError(
+            "the guard tells a collapsed model by the loss of a blind guess, which is not known for "
+            "trainer.bce_threshold with mixup or cutmix; type guard.collapse_loss_margin=0"
+        )
+
+
+def _check_schedule(cfg: TrainConfig) -> None:
+    schedule, epochs, lr = cfg.schedule, cfg.trainer.epochs, cfg.optimizer.lr
+    if schedule.warmup_epochs > epochs and not schedule.warmup_prefix:
+        raise ConfigError(
+            f"schedule.warmup_epochs={schedule.warmup_epochs:g} is longer than trainer.epochs={epochs}: no step would "
+            f"reach optimizer.lr; type for instance schedule.warmup_epochs={epochs // 10}"
+        )
+    if schedule.min_lr > lr:
+        raise ConfigError(
+            f"schedule.min_lr={schedule.min_lr:g} is above optimizer.lr={lr:g}; lower schedule.min_lr, or raise "
+            "optimizer.lr"
+        )
+    if schedule.warmup_epochs > 0 and schedule.warmup_lr > lr:
+        raise ConfigError(
+            f"schedule.warmup_lr={schedule.warmup_lr:g}, where the warm-up begins, is above optimizer.lr={lr:g}; lower "
+            "schedule.warmup_lr, or type schedule.warmup_epochs=0"
+        )
+    if schedule.name == "constant" and schedule.cooldown_epochs:
+        raise ConfigError(
+            f"schedule.cooldown_epochs={schedule.cooldown_epochs} adds epochs at the end of a cosine, and "
+            "schedule=constant has none; type schedule.cooldown_epochs=0 "
+            f"trainer.epochs={epochs + schedule.cooldown_epochs}"
+        )
+
+
+def _check_trainer(cfg: TrainConfig) -> None:
     if cfg.trainer.compile and cfg.trainer.grad_checkpointing:
         raise ConfigError(
             "trainer.compile=true and trainer.grad_checkpointing=true have not been tried together; type "
             "trainer.compile=false or trainer.grad_checkpointing=false"
         )
-    if cfg.debug not in (None, "nan", "profile"):
-        raise ConfigError(f"debug={cfg.debug} is not known; type debug=nan or debug=profile, or leave it out")
-    if cfg.model.replace_head and cfg.model.checkpoint is None:
-        raise ConfigError(
-            "model.replace_head=true is for weights that a run begins from, and there are none: type model.checkpoint=PATH (a "
-            "file, or the directory of a run), or model.replace_head=false"
-        )
-    if cfg.model.freeze and cfg.model.checkpoint is None:
-        raise ConfigError(
-            f"model.freeze={cfg.model.freeze} would keep random weights as they are; type model.checkpoint=PATH (a file, or the "
-            "directory of a run)"
-        )
-    if cfg.model.checkpoint is not None and not os.path.exists(cfg.model.checkpoint):
-        raise ConfigError(
-            f"model.checkpoint={cfg.model.checkpoint} does not exist; give the path of a .pt or .pth.tar file"
-        )
-
-
-def check(cfg: TrainConfig) -> TrainConfig:
-    check_values(cfg)
-    check_combinations(cfg)
-    return cfg
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchPlan:
-    """How the global batch is spread over ranks: `accum_steps` micro-batches each, the same groups at any world size."""
-
-    global_batch_size: int
-    micro_batch_size: int
-    world_size: int
-
-    @property
-    def accum_steps(self) -> int:
-        return self.global_batch_size // (self.micro_batch_size * self.world_size)
-
-    def __str__(self) -> str:
-        return (
-            f"global batch {self.global_batch_size} = {self.micro_batch_size} images x {self.world_size} ranks "
-            f"x {self.accum_steps} accumulated micro-batches"
-        )
-
-
-def batch_plan(global_batch_size: int, micro_batch_size: int, world_size: int) -> BatchPlan:
-    """Raises ConfigError where the global batch cannot be cut into micro-batches for so many ranks, naming the nearest that can."""
-    if global_batch_size % (micro_batch_size * world_size) == 0:
-        return BatchPlan(global_batch_size, micro_batch_size, world_size)
-    unit = micro_batch_size * world_size
-    below, above = global_batch_size // unit * unit, (global_batch_size // unit + 1) * unit
-    nearest = above if below == 0 or above - global_batch_size < global_batch_size - below else below
-    micros = [m for m in range(1, global_batch_size + 1) if global_batch_size % (m * world_size) == 0]
-    same_global = (
-        f", or keep it with trainer.micro_batch_size={min(micros, key=lambda m: abs(m - micro_batch_size))} "
-        "(BatchNorm then sees other groups, which changes results)"
-        if micros
-        else ""
-    )
-    raise ConfigError(
-        f"trainer.global_batch_size={global_batch_size} cannot be cut into micro-batches of trainer.micro_batch_size={micro_batch_size} "
-        f"on {world_size} rank{'s' * (world_size > 1)}; nearest: trainer.global_batch_size={nearest}{same_global}"
-    )

@@ -1,4 +1,4 @@
-"""What single settings may be: one of some words, or a number in an interval. config_checks.py holds values against it."""
+"""What a single setting may be: one of some words, or a number in an interval. config_checks.py does the checking."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 
 CHOICES = {
+    "debug": ("nan", "profile"),
     "data.source": ("ffcv", "folder", "synthetic"),
     "data.crop_mode": ("center", "squash"),
     "data.eval_interpolation": ("bicubic", "bilinear"),

@@ -60,11 +60,10 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
         raise ValueError(
-            "the device is to be cuda, but torch sees no CUDA device here; type trainer=cpu (eval.py: device=cpu), or auto"
+            "trainer.device is cuda, but torch sees no CUDA device here; type trainer=cpu (eval.py: device=cpu)"
         )
-    if (
-        use_cuda and local_world_size > torch.cuda.device_count()
-    ):  # on every rank, as the first is the one that is heard
+    # On every rank, as the first is the one that is heard.
+    if use_cuda and local_world_size > torch.cuda.device_count():
         raise ValueError(
             f"{local_world_size} processes on this node, but only {torch.cuda.device_count()} CUDA devices; "
             f"type --nproc_per_node={torch.cuda.device_count()}"
@@ -88,8 +87,8 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
 def ranks_by_device(world: World, host: str) -> dict[str, Counter[str]]:
     """Collective. cuda, cpu -> how many ranks of each host compute there.
 
-    With `auto` each rank decides for itself, and one node may have lost its GPUs. Ranks of both kinds wait for each other
-    for ever in whatever goes over the devices.
+    With `auto` each rank decides for itself, and one node may have lost its GPUs. Ranks on different devices would wait
+    for each other for ever.
     """
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for device, theirs in gather_objects((world.device.type, host)):
@@ -102,8 +101,9 @@ def check_same_devices(world: World) -> None:
     by_device = ranks_by_device(world, socket.gethostname())
     if len(by_device) > 1:
         raise ValueError(
-            f"ranks on {', '.join(sorted(by_device['cpu']))} have no CUDA device, other ranks of the job have one: look at "
-            "nvidia-smi there, keep these hosts out (sbatch --exclude=...), or say trainer.device=cpu (eval.py: device=cpu)"
+            f"ranks on {', '.join(sorted(by_device['cpu']))} have no CUDA device, other ranks of the job have one: "
+            "look at nvidia-smi there, keep these hosts out (sbatch --exclude=...), or type trainer.device=cpu "
+            "(eval.py: device=cpu)"
         )
 
 
@@ -182,8 +182,7 @@ def gather_rows(values: torch.Tensor) -> torch.Tensor:
 
 
 def barrier() -> None:
-    if is_distributed():
-        agree(0)
+    agree(0)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ def _join(store: dist.Store, rank: int, deadline: float) -> str:
 def _wait(deadline: float, what: str) -> None:
     if time.monotonic() > deadline:
         raise TimeoutError(
-            f"{what}: these processes died at start or never came. Look for the first error in the output of every node; "
-            "if they only start slowly, type watchdog.start_timeout_seconds=1800"
+            f"{what}: these processes died at start or never came. Look for the first error in the output of every "
+            "node; if they only start slowly, type watchdog.start_timeout_seconds=1800"
         )
     time.sleep(POLL_SECONDS)

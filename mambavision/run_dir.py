@@ -41,8 +41,8 @@ HARMLESS = (
     "trainer.eval_batch_size",
     "trainer.expected_gpus",
 )
-# Settings that may change what comes out, yet are a user's to change in the middle of a run; recorded, not refused. They
-# do not name the run either: whoever moves to other hardware, or follows a message's advice, continues it.
+# Settings that may change the result, yet are a user's to change in the middle of a run: recorded, not refused. They do
+# not name the run either: whoever moves to other hardware, or follows a message's advice, continues it.
 ALLOWED = (
     "data.path",
     "data.decoder",
@@ -138,8 +138,8 @@ class RunDirectory:
                 (directory / "writable").unlink()
         except OSError as error:
             raise ValueError(
-                f"cannot write the run directory {self.path}: {error.strerror} ({error.filename or self.path}); give another "
-                "with output_dir=DIR or run_name=NAME"
+                f"cannot write the run directory {self.path}: {error.strerror} ({error.filename or self.path}); give "
+                "another with output_dir=DIR or run_name=NAME"
             ) from error
 
     def write_config(self, cfg: TrainConfig) -> None:
@@ -159,8 +159,8 @@ class RunDirectory:
                 stored = dict(json.loads(file.read_text()))
             except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{file} cannot be read, so that nothing tells whether this is the run's data ({error}); remove it, or "
-                    "start another run with run_name=NAME"
+                    f"{file} cannot be read ({error}), and it says which data the run was started on; remove it if "
+                    "that is this data, or start another run with run_name=NAME"
                 ) from error
             # What an older start did not know (class_names) cannot differ.
             table = [f"  {k}: {_change(stored[k], v)}" for k, v in data.items() if k in stored and stored[k] != v]
@@ -168,8 +168,8 @@ class RunDirectory:
                 raise ValueError(
                     "this run was started on other data:\n"
                     + "\n".join(table)
-                    + "\ngive the data.path it was started with, start "
-                    "another run with run_name=NAME, or allow the change: resume.allow=[data.fingerprint]"
+                    + "\ngive the data.path it was started with, start another run with run_name=NAME, or allow the "
+                    "change: resume.allow=[data.fingerprint]"
                 )
         write_atomically(file, json.dumps(data, indent=1) + "\n")
 
@@ -181,8 +181,8 @@ class RunDirectory:
             return dict(yaml.safe_load(self.config_file.read_text()))
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.config_file} cannot be read, so that nothing tells whether this is the run it holds ({error}); put "
-                "it back (each checkpoint has it under `config`), or start another run with run_name=NAME"
+                f"{self.config_file} cannot be read ({error}), and it says which run this directory holds; put it back "
+                "(each checkpoint has it under `config`), or start another run with run_name=NAME"
             ) from error
 
     def write_status(self, status: str, *, step: int, **details: Any) -> None:

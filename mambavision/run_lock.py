@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mambavision.processes import is_alive, start_ticks
+
 _STALE_BEATS = 3  # an owner elsewhere that misses so many heartbeats is gone
 
 
@@ -52,7 +54,7 @@ class RunLock:
         return taken_from
 
     def _write_temporary(self) -> Path:
-        record = {"host": socket.gethostname(), "pid": os.getpid(), **_process_identity(os.getpid())}
+        record = {"host": socket.gethostname(), "pid": os.getpid(), **_own_identity()}
         temporary = self.path.with_name(f"LOCK.{self.token}.tmp")
         temporary.write_text(json.dumps({**record, "token": self.token, "since": time.time()}) + "\n")
         return temporary
@@ -85,10 +87,9 @@ class RunLock:
 
     def _check_gone(self, owner: dict[str, Any]) -> None:
         """Returns when the owner cannot be alive any more, raises ValueError when it is."""
-        mine = _process_identity(os.getpid())
+        mine = _own_identity()
         if owner["host"] == socket.gethostname() and all(owner.get(k) == mine[k] for k in ("boot", "pid_namespace")):
-            # Its pid can be looked up; the start time tells it from a later process with the same number.
-            if not _is_alive(owner):
+            if not _lives(owner):
                 return
         else:
             # On another host a heartbeat decides: one more of them means alive, none for three means gone.
@@ -136,7 +137,7 @@ class RunLock:
 
     @contextlib.contextmanager
     def heartbeat(self, lost: Callable[[str], None]) -> Iterator[None]:
-        """Keep the lock fresh from a thread of its own, whatever the caller does meanwhile: opening data can take minutes.
+        """Keep the lock fresh from a thread, whatever the caller does meanwhile: opening data can take minutes.
 
         lost(message): called once, if another process has taken the lock over.
         """
@@ -179,26 +180,17 @@ class RunLock:
         self.held = False
 
 
-def _is_alive(owner: dict[str, Any]) -> bool:
-    if owner["started"] is not None:
-        return _process_identity(owner["pid"])["started"] == owner["started"]
-    try:  # no /proc
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _lives(owner: dict[str, Any]) -> bool:
+    """Of an owner on this host: its start time tells it from a later process with the same number."""
+    if owner["started"] is None:  # no /proc
+        return is_alive(owner["pid"])
+    return start_ticks(owner["pid"]) == owner["started"]
 
 
-def _process_identity(pid: int) -> dict[str, Any]:
-    """What tells a process from all others of a host: boot, pid namespace, start time; None where unknown."""
-    identity: dict[str, Any] = {"boot": None, "pid_namespace": None, "started": None}
+def _own_identity() -> dict[str, Any]:
+    """What tells this process from all others of its host: boot, pid namespace, start time; None where unknown."""
+    identity: dict[str, Any] = {"boot": None, "pid_namespace": None, "started": start_ticks(os.getpid())}
     with contextlib.suppress(OSError):
         identity["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         identity["pid_namespace"] = os.readlink("/proc/self/ns/pid")
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        if fields[0] not in "ZX":  # a zombie is dead
-            identity["started"] = int(fields[19])
     return identity

@@ -1,4 +1,4 @@
-"""Registers the models with timm when timm is imported, so that nobody else waits for that import (2 to 3 s, wandb's in it)."""
+"""Registers the models with timm once timm is imported, so that nobody else waits 2 to 3 s for that import."""
 
 from __future__ import annotations
 

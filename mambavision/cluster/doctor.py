@@ -19,14 +19,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mambavision.batch_plan import batch_plan
 from mambavision.cluster import sizing
 from mambavision.config import TrainConfig
-from mambavision.config_checks import ConfigError, batch_plan
+from mambavision.config_checks import ConfigError
 from mambavision.models.variants import VARIANTS
 from mambavision.run_dir import run_directory
 from mambavision.telemetry.wandb_mode import wandb_mode
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def has_error(findings: Iterable[Finding]) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run is to be given."""
+    """The job that a run is checked for."""
 
     nodes: int = 1
     nproc_per_node: int = 1
@@ -68,6 +67,20 @@ def before_submission(cfgs: Sequence[TrainConfig], plan: Plan) -> list[Finding]:
     for cfg in cfgs:
         findings += [*check_data(cfg), check_disk(cfg), check_writing(Path(cfg.output_dir)), check_wandb(cfg)]
     return list(dict.fromkeys(findings))
+
+
+def check_run(cfg: TrainConfig, plan: Plan) -> list[Finding]:
+    """What can be told on the machine that is to run it, but for what computes: `doctor_device` has that."""
+    return [
+        check_python(),
+        *check_packages(),
+        check_ffcv(cfg),
+        *check_data(cfg),
+        check_batch(cfg, plan),
+        check_disk(cfg),
+        check_writing(Path(run_directory(cfg))),
+        check_wandb(cfg),
+    ]
 
 
 def check_python() -> Finding:
@@ -97,7 +110,7 @@ def check_ffcv(cfg: TrainConfig) -> Finding:
         from ffcv import libffcv  # noqa: F401
     except (ImportError, OSError) as error:
         cure = "run scripts/setup.sh, which builds it, or use data=folder"
-        return Finding("error", "ffcv", f"does not load ({_first_line(error)})", cure)
+        return Finding("error", "ffcv", f"does not load ({first_line(error)})", cure)
     if cfg.data.decoder == "stock":
         return Finding("warning", "ffcv", "data.decoder=stock is not reproducible", "data.decoder=native is")
     from data.native_library import NativeUnavailable, load_library
@@ -105,7 +118,7 @@ def check_ffcv(cfg: TrainConfig) -> Finding:
     try:
         load_library()
     except NativeUnavailable as error:
-        return Finding("warning", "ffcv", f"loads without its keyed decoder: {_first_line(error)}", "see docs/data.md")
+        return Finding("warning", "ffcv", f"loads without its keyed decoder: {first_line(error)}", "see docs/data.md")
     return Finding("ok", "ffcv", "loads, keyed decoder built")
 
 
@@ -130,7 +143,7 @@ def check_data(cfg: TrainConfig) -> list[Finding]:
             manifest = verify(open_beton(path))
             check_numbering(path, manifest)
         except (ValueError, OSError) as error:
-            findings.append(Finding("error", "data", _first_line(error), "write it again with scripts/prepare_data.py"))
+            findings.append(Finding("error", "data", first_line(error), "write it again with scripts/prepare_data.py"))
             continue
         told = f"{path}: {manifest.num_samples:,} images, {len(manifest.classes)} classes"
         batch = cfg.trainer.global_batch_size
@@ -167,7 +180,7 @@ def check_disk(cfg: TrainConfig) -> Finding:
     directory = _existing_parent(Path(cfg.output_dir))
     size, count = planned_checkpoint_bytes(cfg)
     free, needed = shutil.disk_usage(directory).free, size * count
-    told = f"{needed / GIB:.1f} GiB for {count} checkpoints; {free / GIB:.1f} GiB free in {directory}"
+    told = f"{needed / sizing.GIB:.1f} GiB for {count} checkpoints; {free / sizing.GIB:.1f} GiB free in {directory}"
     if free < needed:
         return Finding("error", "disk", told, "free space, give another output_dir=DIR, or checkpoint.keep_last=1")
     if free < 2 * needed:
@@ -219,7 +232,7 @@ def check_time(cfg: TrainConfig, plan: Plan, img_per_sec: float | None = None) -
     if img_per_sec:
         about, source = "about", "as given"
     else:  # docs/cluster.md, "How large, how long"
-        about, source = "at least", "a third of the published inference rate; plan with two to three times the hours"
+        about, source = "at least", "a third of the published inference rate; plan with one and a half times the hours"
     told = f"{about} {total:.1f} h at {rate:.0f} img/s ({source})"
     if plan.limit_seconds is None:
         return Finding("ok", "time", told)
@@ -278,19 +291,6 @@ def _existing_parent(directory: Path) -> Path:
     return directory
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message; its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def check_run(cfg: TrainConfig, plan: Plan) -> list[Finding]:
-    """All checks of this file."""
-    return [
-        check_python(),
-        *check_packages(),
-        check_ffcv(cfg),
-        *check_data(cfg),
-        check_batch(cfg, plan),
-        check_disk(cfg),
-        check_writing(Path(run_directory(cfg))),
-        check_wandb(cfg),
-    ]

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 import data
 from mambavision import distributed
+from mambavision.batch_plan import batch_plan
 from mambavision.cluster import sizing
-from mambavision.cluster.doctor import Finding, Plan, has_error, host
+from mambavision.cluster.doctor import Finding, Plan, first_line, has_error, host
 from mambavision.config import TrainConfig
-from mambavision.config_checks import batch_plan
 from mambavision.distributed import World
 from mambavision.engine.compilation import has_c_compiler
 from mambavision.ops.selective_scan import choose_backend, selective_scan_tokens
@@ -48,10 +48,10 @@ def check_torch(cfg: TrainConfig) -> list[Finding]:
             p = torch.cuda.get_device_properties(i)
             free, total = torch.cuda.mem_get_info(i)
         except RuntimeError as error:  # the driver lists a GPU that has failed
-            told = f"{i}: does not answer ({str(error).splitlines()[0]})"
+            told = f"{i}: does not answer ({first_line(error)})"
             findings.append(Finding("error", "cuda", told, "look at nvidia-smi and dmesg", host()))
             continue
-        told = f"{i}: {p.name}, {total / 2**30:.0f} GiB, {free / 2**30:.0f} free"
+        told = f"{i}: {p.name}, {total / sizing.GIB:.0f} GiB, {free / sizing.GIB:.0f} free"
         if free < 0.9 * total:
             findings.append(Finding("warning", "cuda", told, "somebody else uses it (nvidia-smi)", host()))
         else:
@@ -60,9 +60,9 @@ def check_torch(cfg: TrainConfig) -> list[Finding]:
 
 
 def check_same_device(world: World) -> list[Finding]:
-    """Collective. One error for each host whose ranks compute on the CPU where others have CUDA; the same on every rank.
+    """Collective. One error for each host whose ranks compute on the CPU where others have CUDA; every rank gets all.
 
-    Ranks of both kinds wait for each other for ever in whatever goes over the devices: nothing may after an error.
+    After an error nothing may be exchanged between the devices: CPU and CUDA ranks would wait for each other for ever.
     """
     by_device = distributed.ranks_by_device(world, host())
     if len(by_device) == 1:
@@ -87,7 +87,7 @@ def _memory(cfg: TrainConfig) -> list[Finding]:
         return []
     micro = cfg.trainer.micro_batch_size
     needed = sizing.gpu_memory_gib(cfg.model.name, micro, cfg.trainer.precision)
-    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    total = torch.cuda.get_device_properties(0).total_memory / sizing.GIB
     told = f"{cfg.model.name} with micro-batches of {micro} needs about {needed:.0f} GiB of {total:.0f} (formula)"
     if needed <= total:
         return [Finding("ok", "memory", told)]
@@ -106,7 +106,7 @@ def check_scan() -> list[Finding]:
             needed = backend == choose_backend(device, torch.float32)
             cure = "pip install -r requirements-gpu.txt" if backend == "mamba_ssm" else "see docs/performance.md"
             level = "warning" if needed or backend != "mamba_ssm" else "ok"
-            findings.append(Finding(level, f"scan {backend}", f"unavailable: {str(problem).splitlines()[0]}", cure))
+            findings.append(Finding(level, f"scan {backend}", f"unavailable: {first_line(problem)}", cure))
             continue
         told = f"{error:.0%} of the allowed difference from the reference, forward and backward, fp32 and bf16"
         if error > 1:
@@ -173,7 +173,7 @@ def check_loader(cfg: TrainConfig, world: World, plan: Plan, needed_img_per_sec:
             world_size=plan.world_size,
         )
     except (ValueError, RuntimeError) as error:
-        return Finding("error", "loader", str(error).splitlines()[0], "", host())
+        return Finding("error", "loader", first_line(error), "", host())
     images, start = 0, time.perf_counter()
     with closing(loader):
         for number, batch in enumerate(loader.epoch(0)):

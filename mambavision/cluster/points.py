@@ -101,8 +101,8 @@ def sweep_name(overrides: Sequence[str]) -> str:
     parsed = OverridesParser.create().parse_overrides([o for o in overrides if o.startswith("run_name=")])
     if parsed and parsed[-1].is_sweep_override():
         raise ConfigError(
-            f"{parsed[-1].input_line} gives several values: run_name names a sweep, whose points are named by what is varied; "
-            "vary a setting, for instance seed=0,1"
+            f"{parsed[-1].input_line} gives several values: run_name names a sweep, whose points are named by what is "
+            "varied; vary a setting, for instance seed=0,1"
         )
     if parsed and (explicit := str(parsed[-1].value())).strip():
         return explicit

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mambavision.models.variants import VARIANTS
+
 IMAGENET_TRAIN_IMAGES = 1_281_167
 GIB = 2**30
 
@@ -11,8 +13,7 @@ GIB = 2**30
 # that a forward pass uses live until its backward pass: 2.
 _STATE_BYTES = {"weights": 4, "gradients": 4, "moments": 8, "ema": 4}
 _AUTOCAST_BYTES = 2
-# A checkpoint holds weights, EMA and moments.
-CHECKPOINT_BYTES = 16
+_CHECKPOINT_BYTES = 16  # weights, EMA and moments
 # CUDA context, cuDNN and NCCL work space, and what the allocator holds beyond what is asked for.
 _CUDA_FIXED_BYTES = 2 * GIB
 _ALLOCATOR_SLACK = 1.10
@@ -20,36 +21,35 @@ _ALLOCATOR_SLACK = 1.10
 
 @dataclass(frozen=True)
 class Size:
-    """Of one model at its own resolution."""
+    """What is known of one model at its own resolution, beside its parameters."""
 
-    params: int
     saved_mib: float  # an image, what the forward pass keeps for the backward pass in bf16; by `saved_mib_per_image`
     published_img_per_sec: int | None  # A100, inference, batch 128 (arXiv 2407.08083); None: not published
 
 
 SIZES = {
-    "mambavision_t": Size(31_794_248, 31.8, 6298),
-    "mambavision_t2": Size(35_104_008, 38.5, 5990),
-    "mambavision_s": Size(50_140_584, 42.9, 4700),
-    "mambavision_b": Size(97_685_288, 71.0, 3670),
-    "mambavision_l": Size(227_961_048, 108.3, 2190),
-    "mambavision_l2": Size(241_554_824, 120.5, 1021),
-    "mambavision_l3_256_21k": Size(739_570_472, 311.2, None),
+    "mambavision_t": Size(31.8, 6298),
+    "mambavision_t2": Size(38.5, 5990),
+    "mambavision_s": Size(42.9, 4700),
+    "mambavision_b": Size(71.0, 3670),
+    "mambavision_l": Size(108.3, 2190),
+    "mambavision_l2": Size(120.5, 1021),
+    "mambavision_l3_256_21k": Size(311.2, None),
 }
 _FP32_FACTOR = 2.0  # measured 1.99 for T, S, B, L, L2
 
 
 def gpu_memory_gib(name: str, micro_batch_size: int, precision: str = "bf16") -> float:
     """Expected peak of one GPU: state + saved activations x images + work space."""
-    size = SIZES[name]
+    size, params = SIZES[name], VARIANTS[name].params
     saved = size.saved_mib * (_FP32_FACTOR if precision == "fp32" else 1)
     autocast = 0 if precision == "fp32" else _AUTOCAST_BYTES
-    state = size.params * (sum(_STATE_BYTES.values()) + autocast)
+    state = params * (sum(_STATE_BYTES.values()) + autocast)
     return (_ALLOCATOR_SLACK * (state + micro_batch_size * saved * 2**20) + _CUDA_FIXED_BYTES) / GIB
 
 
 def expected_train_img_per_sec(name: str) -> float | None:
-    """Of one A100, at most: a third of the published inference rate, as a backward pass costs about two forward passes."""
+    """Of one A100, at most: a third of the published inference rate, as a backward pass costs two forward passes."""
     published = SIZES[name].published_img_per_sec if name in SIZES else None
     return None if published is None else published / 3
 
@@ -59,7 +59,7 @@ def hours(images: float, img_per_sec: float) -> float:
 
 
 def checkpoint_bytes(params: int) -> int:
-    return params * CHECKPOINT_BYTES
+    return params * _CHECKPOINT_BYTES
 
 
 def saved_mib_per_image(name: str, precision: str) -> float:

@@ -10,7 +10,6 @@ import csv
 import fcntl
 import io
 import json
-import os
 import socket
 import statistics
 import sys
@@ -20,8 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mambavision.batch_plan import batch_plan
 from mambavision.cluster.points import Point
-from mambavision.config_checks import ConfigError, batch_plan
+from mambavision.config_checks import ConfigError
+from mambavision.processes import is_alive
 from mambavision.run_dir import RunDirectory, check_resume, run_directory, write_atomically
 from mambavision.telemetry.sinks import read_events
 
@@ -133,7 +134,7 @@ def _status(
 
 def _lives_here(status: dict[str, Any]) -> bool:
     """Whether the process that wrote the status runs on this host; of other hosts only the queue knows."""
-    return status.get("host") == socket.gethostname() and os.path.exists(f"/proc/{status.get('pid')}")
+    return status.get("host") == socket.gethostname() and is_alive(status["pid"])
 
 
 def record_job(directory: str, job: str) -> None:

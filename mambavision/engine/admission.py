@@ -33,7 +33,7 @@ def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World, stop: StopNoti
         if (taken_from := lock.acquire()) is not None:
             print(f"note      the lock of a dead training is taken over ({taken_from})", flush=True)
 
-    on_main(world, run_dir, acquire)
+    on_main_in_directory(world, run_dir, acquire)
     try:
         with lock.heartbeat(stop.give) if world.is_main else contextlib.nullcontext():
             yield lock
@@ -42,10 +42,12 @@ def locked(run_dir: RunDirectory, cfg: TrainConfig, world: World, stop: StopNoti
             lock.release()
 
 
-def on_main(world: World, run_dir: RunDirectory, work: Callable[[], T]) -> T:
-    """`distributed.on_main` for work in the run directory: a full or forbidden disk is the user's to mend, on all ranks.
+def on_main_in_directory(world: World, run_dir: RunDirectory, work: Callable[[], T]) -> T:
+    """`distributed.on_main` for work that reads or writes the run directory.
 
-    A storage that fails for a while is not: that ends the start as a fault, after which it may be tried again.
+    Raises:
+        ValueError: on every rank, where the disk is full or forbids it, which the user can mend.
+        OSError: on rank 0, where the storage may come back: that start is a fault, and may be repeated.
     """
 
     def advised() -> T:
@@ -55,8 +57,8 @@ def on_main(world: World, run_dir: RunDirectory, work: Callable[[], T]) -> T:
             if error.errno in _MAY_PASS:
                 raise
             raise ValueError(
-                f"cannot use {error.filename or run_dir.path}: {error.strerror}; free space, mend its permissions, or give "
-                "another output_dir=DIR"
+                f"cannot use {error.filename or run_dir.path}: {error.strerror}; free space, mend its permissions, or "
+                "give another output_dir=DIR"
             ) from error
 
     return distributed.on_main(world, advised)
@@ -105,9 +107,9 @@ def refuse_to_start_over(run_dir: RunDirectory, cfg: TrainConfig) -> None:
     others = sorted(p.name for p in run_dir.path.parent.glob(f"{family}-*") if p != run_dir.path and p.is_dir())
     if others:
         raise ValueError(
-            f"resume.allow={list(cfg.resume.allow)} is for continuing a run, but a setting that makes it another run also "
-            f"gives it another name, and {run_dir.path} holds none. Give the name: run_name={others[0]}"
-            f"{' (or ' + ', '.join(others[1:4]) + ')' if others[1:] else ''}; or leave resume.allow out to start a new one"
+            f"resume.allow={list(cfg.resume.allow)} is for continuing a run, but a changed setting changes a run's "
+            f"derived name too, and {run_dir.path} holds no run. Name the one to continue: run_name={others[0]}"
+            f"{' (or ' + ', '.join(others[1:4]) + ')' if others[1:] else ''}; or leave resume.allow out to start anew"
         )
 
 

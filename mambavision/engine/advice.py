@@ -1,4 +1,4 @@
-"""What to type where the hardware or the compiler does not carry a run: errors at its first step that each start would meet."""
+"""What to type when a run's first step does not fit into memory or does not compile, as at each further start."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def instead_of_tracebacks(trainer: Trainer) -> Iterator[None]:
-    """Raises ValueError, which is not started again, for a full memory or a failed compilation at a run's first step (or
-    evaluation, for memory).
+    """Around `fit`: a full memory or a failed compilation that would come again becomes a ValueError with advice.
 
-    A run that goes on has had enough memory once, and has been compiled. What is missing now another process may hold, which
-    a job before this one has left behind: there PyTorch's error keeps its type, so that the run is started again.
+    A ValueError is not started again. So it is raised at a run's first step (memory: or first evaluation) only. A run
+    that is continued had enough memory before, and perhaps a process that an earlier job left behind holds some of it
+    now: there PyTorch's error keeps its type, and the run is started again.
     """
-    had_stepped, had_evaluated = trainer.progress.step > 0, bool(trainer.last_eval)
+    run_had_stepped, run_had_evaluated = trainer.progress.step > 0, bool(trainer.last_eval)
     try:
         yield
     except torch.OutOfMemoryError as error:
         evaluating = trainer.watchdog.phase == "evaluate"
-        if trainer.warm and not (evaluating and trainer.evaluation_seconds is None):
+        if trainer.has_stepped and not (evaluating and trainer.evaluation_seconds is None):
             raise
         message = _memory_is_full(trainer, evaluating)
-        if had_evaluated if evaluating else had_stepped:
+        if run_had_evaluated if evaluating else run_had_stepped:
             raise torch.OutOfMemoryError(f"{message}; does another process hold some of it (nvidia-smi)?") from error
         raise ValueError(message) from error
     except RuntimeError as error:
-        if trainer.warm or had_stepped or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if (
+            trainer.has_stepped
+            or run_had_stepped
+            or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        ):
             raise
         reason = getattr(error, "inner_exception", error)
         said = str(reason).strip().partition("\n")[0]
         raise ValueError(
-            f"torch.compile failed ({type(reason).__name__}: {said}); type trainer.compile=false for steps that are not "
-            "compiled, TORCH_LOGS=+dynamo before the command to see more"
+            f"torch.compile failed ({type(reason).__name__}: {said}); type trainer.compile=false to train without "
+            "it, or TORCH_LOGS=+dynamo before the command to see more"
         ) from error
 
 

@@ -94,7 +94,6 @@ class Checkpointer:
         self.thread: threading.Thread | None = None
         self.failures = 0
         self.last_error: str | None = None
-        self.not_finite: str | None = None  # the tensor that kept a checkpoint from being written
         self.on_disk_step = -1  # the newest step that is safely written (or was resumed from)
         self.copied_step = -1  # the step of the write under way
         self.last_save_time = time.monotonic()
@@ -163,9 +162,9 @@ class Checkpointer:
             faults.at("copy", record["step"])
             if "guard" in state:
                 record["refused_in_a_row"] = int(state["guard"]["refused_in_a_row"])
-            self.not_finite = first_not_finite({"model": state.get("model"), "ema": state.get("ema")})
-            if self.not_finite is not None:
-                raise OSError(f"{self.not_finite} holds values that are not finite; such weights are never kept")
+            broken = first_not_finite({"model": state.get("model"), "ema": state.get("ema")})
+            if broken is not None:
+                raise OSError(f"{broken} holds values that are not finite; such weights are never kept")
             self.may_write()
             self.directory.mkdir(exist_ok=True)
             checkpoint.write(path, state, record)

@@ -57,11 +57,11 @@ def evaluate(
     seconds = time.perf_counter() - start
     for prefix, model in models.items():
         model.train(was_training[prefix])
-    total = totals[-1].item()
+    all_counts, all_losses, all_seen = totals.split([counts.numel(), len(models), 1])
+    total = all_seen.item()
     result: dict[str, float] = {}
-    for row, prefix in enumerate(models):
-        metrics = eval_set.metrics(totals[: counts.numel()].view(shape)[row])
-        images = metrics.pop("images")
-        loss = totals[counts.numel() + row].item() / max(total, 1)
-        result |= {f"{prefix}{key}": value for key, value in {**metrics, "loss": loss}.items()}
-    return {**result, "images": images, "img_per_sec": total / seconds}
+    for prefix, model_counts, loss in zip(models, all_counts.view(shape), all_losses.tolist()):
+        metrics = eval_set.metrics(model_counts) | {"loss": loss / max(total, 1)}
+        scored_images = metrics.pop("images")
+        result |= {f"{prefix}{key}": value for key, value in metrics.items()}
+    return {**result, "images": scored_images, "img_per_sec": total / seconds}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import time
 import traceback
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from mambavision.distributed import World
 from mambavision.engine.watchdog import read_heartbeats
+from mambavision.processes import is_alive
 from mambavision.run_dir import write_atomically
 
 _CONSEQUENCES = ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -46,7 +46,10 @@ def is_consequence(error: BaseException) -> bool:
 def first_cause(
     directory: Path, world: World, error: BaseException, since: float, *, refused: bool, silent_seconds: float
 ) -> tuple[str, bool]:
-    """The cause of the rank that failed first, the own error if no other is known to have; and whether it is refused."""
+    """(cause, whether starting again would end alike): of the rank that failed first, else of this rank's own error.
+
+    since: when this start began, seconds since 1970; silent_seconds: without a heartbeat for so long a rank is frozen.
+    """
     own = f"{type(error).__name__}: {error}"
     if world.world_size == 1 or not is_consequence(error):
         return own, refused
@@ -59,7 +62,7 @@ def first_cause(
         f"rank {b['rank']} on {b['host']} (pid {b['pid']}) is gone since step {b['step']} without a word: killed, "
         "out of memory?"
         for b in read_heartbeats(directory)
-        if b["rank"] < world.world_size and b["host"] == socket.gethostname() and not _alive(b["pid"])
+        if b["rank"] < world.world_size and b["host"] == socket.gethostname() and not is_alive(b["pid"])
     ]
     frozen = [
         f"rank {b['rank']} on {b['host']} (pid {b['pid']}) has been silent since step {b['step']}"
@@ -75,15 +78,3 @@ def _notes(directory: Path) -> list[dict]:
         with contextlib.suppress(OSError, ValueError):
             notes.append(json.loads(path.read_text()))
     return notes
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    return True

@@ -32,8 +32,8 @@ class Fault(Enum):
     EXIT = "exit"  # the process ends at once, with code 0
     FREEZE = "freeze"  # SIGSTOP: alive, but nothing moves
     SLEEP = "sleep"  # that many seconds
-    USR1 = "usr"  # the notices a scheduler sends
-    TERM = "term"
+    USR1 = "usr"  # SIGUSR1, a notice that schedulers send; without its 1, which would be an amount
+    TERM = "term"  # SIGTERM, the same
     NAN = "nan"  # the step's loss is nan
     INF = "inf"  # the loss is finite, its gradient is not
     COLLAPSE = "collapse"  # the model answers every image alike

@@ -6,24 +6,16 @@ keeps count on the device, reads the count where the ranks agree anyway, and ask
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.batch import TrainLoader
-from data.order import EpochPlan
-from mambavision.config import GuardConfig, TrainConfig
-from mambavision.config_checks import BatchPlan
+from mambavision.config import GuardConfig
 from mambavision.engine.losses import blind_guess
-from mambavision.run_dir import write_atomically
 
 _COLLAPSED_LOGS = 3  # so many log intervals at the loss of a blind guess count as collapse
 _LEARNED = 10.0  # a loss below a blind guess's by this many margins counts as having learned something
@@ -40,7 +32,6 @@ class Refused:
 
     steps: list[int]
     mine: list[int]  # those of them in which this rank's own loss was not finite
-
     in_a_row: int  # refusals in a row at the time of the reading, those before this reading included
 
 
@@ -149,111 +140,3 @@ class Guard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.refused_in_a_row = state["refused_in_a_row"].to(self.device, copy=True)
         self.rollbacks, self.lowest_loss = int(state["rollbacks"]), float(state["lowest_loss"])
-
-
-def write_refused_samples(
-    directory: Path, step: int, plan: BatchPlan, loader: TrainLoader, cfg: TrainConfig, ranks: list[int]
-) -> None:
-    """nonfinite/step_<n>.json: the sample numbers of a refused step; of `ranks` alone, where those are known."""
-    epoch, first_step = divmod(step, loader.steps_per_epoch)
-    samples = {}
-    for rank in ranks or range(plan.world_size):
-        order = EpochPlan(
-            loader.num_samples,
-            plan.global_batch_size,
-            plan.micro_batch_size,
-            rank=rank,
-            world_size=plan.world_size,
-            repeats=cfg.data.repeated_augmentation,
-        ).rank_order(cfg.seed, epoch, first_step)
-        samples[rank] = order[: plan.global_batch_size // plan.world_size].tolist()
-    with contextlib.suppress(OSError):  # the log has the step, from which the samples follow
-        (directory / "nonfinite").mkdir(exist_ok=True)
-        record = {"step": step, "epoch": epoch, "ranks": ranks, "samples_by_rank": samples}
-        write_atomically(directory / "nonfinite" / f"step_{step:08d}.json", json.dumps(record) + "\n")
-
-
-def name_first_not_finite(model: nn.Module) -> None:
-    """debug=nan: the innermost module that makes a value or a gradient that is not finite ends the run with its name.
-
-    A layer with hooks is called by itself, where a fused operator would take its weights otherwise; a module around it is
-    named where none of those that it called was to blame. Looks at every tensor on the host, so steps take many times as
-    long, and sums are rounded otherwise than without.
-    """
-    # Of the modules that get images, whose gradient nobody asks for; what goes wrong there shows in their parameters'.
-    warnings.filterwarnings("ignore", "Full backward hook is firing when gradients are computed with respect to module")
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        module.register_forward_hook(_check_forward(name))
-        module.register_full_backward_pre_hook(_check_gradient_before(_caller(name, modules), model))
-        module.register_full_backward_hook(_check_backward(name))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.register_hook(_check_parameter_gradient(name))
-
-
-def _check_forward(name: str) -> Callable:
-    def check(module: nn.Module, inputs: tuple, output: Any) -> None:
-        # What came in spoiled was spoiled by the code around this module. Around the outermost one is the data.
-        if _finite(output) or (name and not _finite(inputs)):
-            return
-        weights = [n for n, p in module.named_parameters() if not torch.isfinite(p).all()]
-        because = f"its {', '.join(weights)} is not finite" if weights else _range_of(inputs)
-        raise TrainingFailed(f"debug=nan: {_called(name, module)} gave a value that is not finite; {because}")
-
-    return check
-
-
-def _check_backward(name: str) -> Callable:
-    def check(module: nn.Module, gradients_in: tuple, gradients_out: tuple) -> None:
-        if _finite(gradients_out) and not _finite(gradients_in):
-            raise TrainingFailed(f"debug=nan: the gradient through {_called(name, module)} is not finite")
-
-    return check
-
-
-def _check_gradient_before(caller: str | None, model: nn.Module) -> Callable:
-    """Of a gradient that reaches a module from its caller's own code; None: from the loss."""
-
-    def check(module: nn.Module, gradients_out: tuple) -> None:
-        if _finite(gradients_out):
-            return
-        if caller is None:
-            raise TrainingFailed("debug=nan: the gradient of the loss by the model's output is not finite")
-        called = _called(caller, model.get_submodule(caller))
-        raise TrainingFailed(f"debug=nan: the gradient through {called} is not finite")
-
-    return check
-
-
-def _check_parameter_gradient(name: str) -> Callable:
-    def check(gradient: Tensor) -> None:
-        if not _finite(gradient):
-            raise TrainingFailed(f"debug=nan: the gradient of {name} is not finite")
-
-    return check
-
-
-def _caller(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """The module around `name` that calls it: lists of modules are not called."""
-    if not name:
-        return None
-    around = name.rpartition(".")[0]
-    return _caller(around, modules) if isinstance(modules[around], nn.ModuleList) else around
-
-
-def _called(name: str, module: nn.Module) -> str:
-    return f"{name or 'the model'} ({type(module).__name__})"
-
-
-def _finite(value: Any) -> bool:
-    return all(torch.isfinite(tensor).all() for tensor in _tensors(value))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-
-
-def _range_of(inputs: tuple) -> str:
-    return "its input: " + ", ".join(f"{tuple(t.shape)} from {t.min():.3g} to {t.max():.3g}" for t in _tensors(inputs))

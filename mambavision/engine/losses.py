@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy or binary cross-entropy against soft targets, and MESA's distillation from the EMA."""
+"""The training loss: cross-entropy, or binary cross-entropy, against soft targets; MESA's distillation from the EMA."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ class TrainingLoss:
     def __call__(
         self, logits: Tensor, targets: Tensor, images: Tensor, ema: nn.Module | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The share, and how much of it is MESA's. ema: the moving average, where MESA is on; else None, and so is that."""
+        """(loss, MESA's part of it), each divided by accum_steps; the part is None while MESA is off.
+
+        logits and soft targets: (B, classes); images: (B, 3, H, W); ema: the moving average, None while MESA is off.
+        """
         if self.loss == "bce":
             return binary_cross_entropy(logits, targets, self.bce_threshold) / self.accum_steps, None
         cross_entropy = soft_target_cross_entropy(logits, targets)

@@ -11,8 +11,8 @@ import torch
 from mambavision.distributed import World, gather_objects
 
 NO_BF16 = (
-    "precision is bf16, but the {device} here has no bfloat16 instructions: PyTorch emulates them, many times slower than "
-    "float32. Type trainer.precision=auto (eval.py: precision=auto), which takes bf16 only where it is faster, or fp32"
+    "precision is bf16, but the {device} here has no bfloat16 instructions: PyTorch emulates them, many times slower "
+    "than float32. Type trainer.precision=auto (eval.py: precision=auto), which takes bf16 only where it is fast"
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -1,4 +1,4 @@
-"""eval.py predictions=FILE.csv: what a model answered to each image. Gathers the answers and owns the file they go to."""
+"""eval.py predictions=FILE.csv: what a model answered to each image. Gathers the answers and writes the file."""
 
 from __future__ import annotations
 

@@ -5,21 +5,25 @@ The trainer asks at step boundaries; whether something is wrong is the guard's t
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.order import EpochPlan
 from mambavision import distributed
 from mambavision.engine import checkpoint
 from mambavision.engine.checkpointer import is_good
-from mambavision.engine.guard import Refused, TrainingFailed, write_refused_samples
+from mambavision.engine.guard import Refused, TrainingFailed
 from mambavision.engine.stop import Decision
+from mambavision.run_dir import write_atomically
 
 if TYPE_CHECKING:
     from mambavision.engine.trainer import Trainer
 
 
-def agree(trainer: Trainer) -> Decision:
-    """What all ranks do next. Collective; refused steps are reported here, and too many of them undone."""
+def meet(trainer: Trainer) -> Decision:
+    """The ranks report refused steps, undo too many of them, and agree on what to do next. Collective."""
     refused = trainer.guard.read()
     trainer.meetings.held(trainer.progress.step)
     if refused.steps:
@@ -37,17 +41,42 @@ def agree(trainer: Trainer) -> Decision:
 def report(trainer: Trainer, refused: Refused) -> None:
     """Name the refused steps, the ranks whose loss was not finite in them, and the samples they held. Collective."""
     by_rank = distributed.gather_objects(refused.mine)
-    ranks = [rank for rank, steps in enumerate(by_rank) if steps]
-    step = trainer.progress.step
-    trainer.telemetry.log("refused", step=step, steps=refused.steps, ranks=ranks, in_a_row=refused.in_a_row)
+    trainer.telemetry.log(
+        "refused",
+        step=trainer.progress.step,
+        steps=refused.steps,
+        ranks=[rank for rank, steps in enumerate(by_rank) if steps],
+        in_a_row=refused.in_a_row,
+    )
     if trainer.world.is_main:
         for step in refused.steps:
-            ranks = [rank for rank, steps in enumerate(by_rank) if step in steps]
-            write_refused_samples(trainer.directory, step, trainer.plan, trainer.train_loader, trainer.cfg, ranks)
+            write_refused_samples(trainer, step, [rank for rank, steps in enumerate(by_rank) if step in steps])
+
+
+def write_refused_samples(trainer: Trainer, step: int, ranks: list[int]) -> None:
+    """nonfinite/step_<n>.json: the sample numbers of a refused step; of `ranks` alone, where those are known."""
+    loader, plan = trainer.train_loader, trainer.plan
+    epoch, first_step = divmod(step, trainer.steps_per_epoch)
+    samples = {}
+    for rank in ranks or range(plan.world_size):
+        order = EpochPlan(
+            loader.num_samples,
+            plan.global_batch_size,
+            plan.micro_batch_size,
+            rank=rank,
+            world_size=plan.world_size,
+            repeats=trainer.cfg.data.repeated_augmentation,
+        ).rank_order(trainer.cfg.seed, epoch, first_step)
+        samples[rank] = order[: plan.global_batch_size // plan.world_size].tolist()
+    directory = trainer.directory / "nonfinite"
+    record = {"step": step, "epoch": epoch, "ranks": ranks, "samples_by_rank": samples}
+    with contextlib.suppress(OSError):  # the log has the step, from which the samples follow
+        directory.mkdir(exist_ok=True)
+        write_atomically(directory / f"step_{step:08d}.json", json.dumps(record) + "\n")
 
 
 def watch_for_collapse(trainer: Trainer, loss: float) -> None:
-    """loss: cross-entropy of a log interval. As guard.collapse_policy says; raises TrainingFailed where it says stop."""
+    """loss: mean cross-entropy of a log interval. Does what guard.collapse_policy says: stop raises TrainingFailed."""
     guard, policy = trainer.guard, trainer.cfg.guard.collapse_policy
     if not guard.collapsed(loss, trainer.progress.step):
         return

@@ -1,4 +1,4 @@
-"""What a run tells the console, metrics.jsonl and W&B: its start, and the figures of an interval; scores where they arise."""
+"""What a run tells its sinks: its start and the figures of each log interval. Other events are logged on the spot."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _MOSTLY_START = 0.2  # share of the initial weights in the moving average at the end, above which it scores badly
 
 
-def log_start(trainer: Trainer, num_classes: int, resumed_from: str | None, weights: str | None) -> None:
-    """What begins or goes on here, and what of it may surprise.
+def log_start(trainer: Trainer, resumed_from: str | None, weights: str | None) -> None:
+    """What begins or goes on here.
 
     resumed_from: the name of this run's checkpoint, if it goes on; weights: the file it began from otherwise.
     """
@@ -42,19 +42,25 @@ def log_start(trainer: Trainer, num_classes: int, resumed_from: str | None, weig
         began_from=began_from,
         model=cfg.model.name,
         parameters=sum(p.numel() for p in trainer.raw_model.parameters()),
-        num_classes=num_classes,
+        num_classes=trainer.transform.num_classes,
         scan_backend=choose_backend(world.device.type, torch.float32, cfg.model.scan_backend),
         train_images=trainer.train_loader.num_samples,
         eval_images=trainer.eval_loader.num_samples,
         batch_plan=str(trainer.plan),
         world_size=world.world_size,
-        steps_per_epoch=trainer.train_loader.steps_per_epoch,
+        steps_per_epoch=trainer.steps_per_epoch,
         total_steps=trainer.last_step,
         precision=trainer.precision,
         compile_mode=compile_mode(cfg, world),
         device=str(world.device),
         provenance=trainer.origin["provenance"],
     )
+    log_surprises(trainer)
+
+
+def log_surprises(trainer: Trainer) -> None:
+    """What the settings imply and a user may not expect."""
+    cfg, world = trainer.cfg, trainer.world
     start_share = cfg.trainer.ema_decay**trainer.last_step
     if trainer.ema is not None and not cfg.trainer.ema_warmup and start_share > _MOSTLY_START:
         trainer.telemetry.log(
@@ -119,7 +125,7 @@ def remaining(trainer: Trainer, measured: dict[str, float]) -> float:
     # Until one is measured: about as long as training on those images takes.
     assumed = trainer.eval_loader.num_samples / measured["speed/img_per_sec"]
     evaluation_seconds = assumed if trainer.evaluation_seconds is None else trainer.evaluation_seconds
-    every_steps = trainer.cfg.trainer.eval_every_epochs * trainer.train_loader.steps_per_epoch
+    every_steps = trainer.cfg.trainer.eval_every_epochs * trainer.steps_per_epoch
     evaluations = evaluations_ahead(trainer.progress.step, trainer.last_step, every_steps)
     training_seconds = (trainer.last_step - trainer.progress.step) * measured["speed/step_seconds"]
     return training_seconds + evaluations * evaluation_seconds

@@ -24,7 +24,7 @@ from mambavision.engine.evaluate import evaluate
 from mambavision.engine.precision import autocast_context, resolve_precision
 from mambavision.engine.predictions import Predictions
 from mambavision.models.pretrained import find_file, find_weights, load_weights, read_checkpoint
-from mambavision.run_dir import write_atomically
+from mambavision.run_dir import plain, write_atomically
 
 # How a variant's published weights are scored.
 _PUBLISHED_SCORING = ("image_size", "crop_pct", "crop_mode")
@@ -103,7 +103,7 @@ def variant_of(content: Any, path: str) -> str:
 
 
 def score(cfg: EvalConfig) -> dict[str, Any]:
-    """Evaluate, print, and write the JSON file and, where asked for, the predictions. Returns what is in the JSON file."""
+    """Evaluate, print, write the JSON file and, if asked for, the predictions. Returns what the JSON file holds."""
     world = distributed.init_world(cfg.device)
     distributed.check_same_devices(world)
     precision = resolve_precision(cfg.precision, world)
@@ -117,15 +117,10 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
     )
     models = load_models(cfg, content, path, world.device)
     check_classes(content, models, loader, cfg, world)
-    out = Path(cfg.out).expanduser() if cfg.out else scores_file(path, content, cfg)
     check_answers(loader, cfg)
-    distributed.on_main(world, lambda: check_writable(out))
-    table = Path(cfg.predictions).expanduser() if cfg.predictions else None
-    if table is not None:
-        distributed.on_main(world, lambda: check_predictions(table, out))
-    answers = Predictions(
-        list(models)[-1], loader
-    )  # of the moving average, where there is one: its score is what counts
+    out, table = output_files(cfg, path, content, world)
+    # Of the moving average, where there is one: its score is what counts.
+    answers = Predictions(list(models)[-1], loader)
     transform = BatchTransform(AugmentConfig(), cfg.data.mean, cfg.data.std, loader.num_classes, seed=0)
     autocast = autocast_context(precision, world.device)
     result = evaluate(
@@ -156,6 +151,16 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
     return record
 
 
+def output_files(cfg: EvalConfig, path: Path, content: Any, world: World) -> tuple[Path, Path | None]:
+    """(scores, predictions or None), both found writable before the evaluation and not after it. Collective."""
+    out = Path(cfg.out).expanduser() if cfg.out else scores_file(path, content, cfg)
+    distributed.on_main(world, lambda: check_writable(out))
+    table = Path(cfg.predictions).expanduser() if cfg.predictions else None
+    if table is not None:
+        distributed.on_main(world, lambda: check_predictions(table, out))
+    return out, table
+
+
 def scores_file(path: Path, content: Any, cfg: EvalConfig) -> Path:
     """Beside the checkpoint, named by the set and by what differs from the checkpoint's own evaluation.
 
@@ -170,12 +175,8 @@ def scores_file(path: Path, content: Any, cfg: EvalConfig) -> Path:
     settings = [f"precision={cfg.precision}"] if cfg.precision != "auto" else []
     for group, names in keys.items():
         now = asdict(getattr(cfg, group))
-        settings += [f"{group}.{k}={now[k]}" for k in names if _plain(now[k]) != _plain(own[group].get(k))]
+        settings += [f"{group}.{k}={now[k]}" for k in names if plain(now[k]) != plain(own[group].get(k))]
     return path.with_name(f"{path.name}.{point_name([cfg.eval_set, *settings])}.eval.json")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def check_classes(
@@ -188,13 +189,13 @@ def check_classes(
     head = next(iter(models.values())).head
     width = head.out_features if isinstance(head, torch.nn.Linear) else 0
     config = content.get("config") if isinstance(content, dict) else None
-    trained = (
-        config.get("num_classes", width) if isinstance(config, dict) else width
-    )  # a head may be wider than its data
+    # A head may be wider than its data.
+    trained = config.get("num_classes", width) if isinstance(config, dict) else width
     if trained != loader.num_classes:
         raise ValueError(
-            f"the checkpoint's model was trained for {trained} classes, {cfg.data.path or cfg.data.source} ({cfg.eval_set}) has "
-            f"{loader.num_classes}; give the data it was trained for (class folders are numbered by the train/ beside them)"
+            f"the checkpoint's model was trained for {trained} classes, {cfg.data.path or cfg.data.source} "
+            f"({cfg.eval_set}) has {loader.num_classes}; give the data it was trained for (class folders are numbered "
+            "by the train/ beside them)"
         )
     names = config.get("class_names") if isinstance(config, dict) else None
     if difference := first_difference(names, loader.class_names):
@@ -207,7 +208,7 @@ def check_classes(
 
 
 def check_answers(loader: EvalLoader, cfg: EvalConfig) -> None:
-    """Raises ValueError where ReaL's answers are not numbered as the data is; the other sets bring ImageNet's numbers."""
+    """Raises ValueError where ReaL's answers and the data number classes differently. Other sets bring their data."""
     if cfg.eval_set == "imagenet_real" and loader.num_classes != _REAL_CLASSES:
         raise ValueError(
             f"eval_set=imagenet_real has answers among ImageNet's {_REAL_CLASSES} classes, the data has "
@@ -225,7 +226,7 @@ def check_predictions(table: Path, out: Path) -> None:
 
 
 def check_writable(out: Path, setting: str = "out=FILE") -> None:
-    """Before the evaluation, not after it. Raises ValueError."""
+    """Raises ValueError where the file, or its directory, cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
@@ -266,7 +267,8 @@ def report(record: dict[str, Any], models: dict[str, torch.nn.Module]) -> None:
     for prefix in models:
         name = "EMA weights" if prefix else "weights"
         print(
-            f"  {name:<12} Top-1 {record[f'{prefix}top1']:.3f} %  Top-5 {record[f'{prefix}top5']:.3f} %  loss {record[f'{prefix}loss']:.4f}"
+            f"  {name:<12} Top-1 {record[f'{prefix}top1']:.3f} %  Top-5 {record[f'{prefix}top5']:.3f} %  "
+            f"loss {record[f'{prefix}loss']:.4f}"
         )
         if f"{prefix}mce" in record:
             print(f"  {'':<12} mCE {record[f'{prefix}mce']:.3f} % (of AlexNet's errors)")

@@ -14,13 +14,13 @@ from pathlib import Path
 from types import FrameType
 
 from mambavision.distributed import World, agree
+from mambavision.processes import start_ticks
 
 NOTICES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _IMPATIENT = 3  # so many Ctrl-C end the process at once
 _HEARD = b"\nstopping: the run ends at the next step, saved; two more Ctrl-C end it at once, unsaved\n"
-_HEEDED_WITHIN = (
-    5.0  # seconds: launchers kill 30 s (torchrun, Kubernetes) after their notice, and saving takes some too
-)
+# Launchers kill 30 s (torchrun, Kubernetes) after their notice, and saving takes some of them.
+_HEEDED_WITHIN_SECONDS = 5.0
 
 
 class Decision(IntEnum):
@@ -42,7 +42,7 @@ class StopNotice:
 
     def __enter__(self) -> StopNotice:
         for number in NOTICES:
-            # Of inherited "ignore" settings only nohup's (SIGHUP) is respected: slurm/train.sbatch starts torchrun ignoring
+            # Of inherited "ignore" settings only nohup's (SIGHUP) is respected: slurm/train.sbatch has torchrun ignore
             # USR1, and the ranks inherit that.
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
@@ -102,7 +102,7 @@ class Meetings:
         now, wanted = time.monotonic(), 1
         if self.last is not None and step > self.last[0]:
             seconds_a_step = (now - self.last[1]) / (step - self.last[0])
-            wanted = min(self.every, max(1, int(_HEEDED_WITHIN / max(seconds_a_step, 1e-9))))
+            wanted = min(self.every, max(1, int(_HEEDED_WITHIN_SECONDS / max(seconds_a_step, 1e-9))))
         self.interval = self.every - agree(self.every - wanted)
         self.last = step, now
 
@@ -112,11 +112,8 @@ _IMPORT_TIME = time.time()
 
 def process_start_time() -> float:
     """Seconds since 1970 at which this process was started; where /proc is missing, when this module was imported."""
-    try:
-        with open("/proc/self/stat") as file:
-            ticks = int(file.read().rsplit(")", 1)[1].split()[19])
-        with open("/proc/uptime") as file:
-            uptime = float(file.read().split()[0])
-    except OSError:
+    ticks = start_ticks(os.getpid())
+    if ticks is None:
         return _IMPORT_TIME
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")

@@ -14,13 +14,14 @@ from torch import nn
 from data import keyed_random
 from data.batch import Batch
 from mambavision import distributed, optim
+from mambavision.batch_plan import BatchPlan
 from mambavision.config import TrainConfig
-from mambavision.config_checks import BatchPlan
 from mambavision.distributed import BatchNormAverager, World
 from mambavision.engine import checkpoint, compilation, faults, recovery, reporting
 from mambavision.engine.checkpointer import Checkpointer
+from mambavision.engine.debug_nan import name_first_not_finite
 from mambavision.engine.evaluate import evaluate
-from mambavision.engine.guard import Guard, name_first_not_finite
+from mambavision.engine.guard import Guard
 from mambavision.engine.losses import TrainingLoss
 from mambavision.engine.precision import autocast_context
 from mambavision.engine.profile import StepProfile
@@ -61,6 +62,7 @@ class Trainer:
         self.train_loader, self.eval_loader, self.transform = train_loader, eval_loader, transform
         self.telemetry, self.checkpointer, self.stop, self.watchdog = telemetry, checkpointer, stop, watchdog
         self.directory, self.origin, self.profile = directory, origin, profile
+        self.steps_per_epoch = train_loader.steps_per_epoch
         self.raw_model, self.parameters = model, list(model.parameters())
         decay = cfg.trainer.ema_decay
         self.ema = optim.ModelEma(model, decay, warmup=cfg.trainer.ema_warmup) if decay else None
@@ -76,30 +78,36 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.autocast = autocast_context(precision, world.device)
         self.criterion = TrainingLoss(cfg.trainer.loss, cfg.trainer.bce_threshold, cfg.trainer.mesa, plan.accum_steps)
-        self.lr = LearningRate(cfg.schedule, cfg.optimizer.lr, cfg.trainer.epochs, train_loader.steps_per_epoch)
+        self.lr = LearningRate(cfg.schedule, cfg.optimizer.lr, cfg.trainer.epochs, self.steps_per_epoch)
         self.progress = TrainProgress()
         self.last_eval: dict[str, Any] = {}
         self.meters = StepMeters(world.device)
-        sizes = dict(num_classes=transform.num_classes, loss=cfg.trainer.loss, capacity=cfg.trainer.agree_every_steps)
-        self.guard = Guard(cfg.guard, device=world.device, fp16=precision == "fp16", **sizes)
+        self.guard = Guard(
+            cfg.guard,
+            device=world.device,
+            capacity=cfg.trainer.agree_every_steps,
+            num_classes=transform.num_classes,
+            loss=cfg.trainer.loss,
+            fp16=precision == "fp16",
+        )
         self.meetings = Meetings(cfg.trainer.agree_every_steps)
-        self.warm = False  # this process has taken a step
+        self.has_stepped = False  # this process, whatever step the run is at
         self.evaluation_seconds: float | None = None  # what the last evaluation held training up, its checkpoints too
 
     # ---- position, all derived from progress -------------------------------------------------------------------------
 
     @property
     def epoch(self) -> int:
-        return self.progress.step // self.train_loader.steps_per_epoch
+        return self.progress.step // self.steps_per_epoch
 
     @property
     def epoch_done(self) -> int:
         """The epoch that the last step done belongs to: `epoch` in events and in the records of checkpoints."""
-        return max(self.progress.step - 1, 0) // self.train_loader.steps_per_epoch
+        return max(self.progress.step - 1, 0) // self.steps_per_epoch
 
     @property
     def at_epoch_end(self) -> bool:
-        return self.progress.step > 0 and self.progress.step % self.train_loader.steps_per_epoch == 0
+        return self.progress.step > 0 and self.progress.step % self.steps_per_epoch == 0
 
     @property
     def last_step(self) -> int:
@@ -118,35 +126,35 @@ class Trainer:
         if ended and self.last_eval.get("step") != self.progress.step:
             self.finish_epoch()  # a run that was stopped before its evaluation makes up for it
         while self.progress.step < self.last_step:
-            if self.stop.agreed() is Decision.STOP or self.train_epoch() == "stop":
+            if self.stop.agreed() is Decision.STOP or self.train_epoch() is Decision.STOP:
                 self.save(wait=True)
                 return "preempted"
             self.finish_epoch()
         self.save(wait=True)
         return "finished"
 
-    def train_epoch(self) -> str:
-        """Steps from wherever the run stands to the end of the epoch; "stop" if the ranks agreed to stop before."""
-        steps = self.train_loader.steps_per_epoch
-        batches = self.train_loader.epoch(self.epoch, first_step=self.progress.step % steps)
-        end = min((self.epoch + 1) * steps, self.last_step)
+    def train_epoch(self) -> Decision:
+        """Steps from wherever the run stands to the end of the epoch; STOP if the ranks agreed to stop before it."""
+        batches = self.train_loader.epoch(self.epoch, first_step=self.progress.step % self.steps_per_epoch)
+        end = min((self.epoch + 1) * self.steps_per_epoch, self.last_step)
         self.raw_model.train()
         self.meters.reset()
         with contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext():
             while self.progress.step < end:
                 self.train_step(batches)
-                self.after_first_step()
+                if not self.has_stepped:
+                    self.after_first_step()
                 if self.profile is not None:
                     self.profile.step_done(self.progress.step)
                 step, at_end = self.progress.step, self.progress.step == end
                 if step % self.cfg.trainer.log_every_steps == 0 or at_end:
                     recovery.watch_for_collapse(self, reporting.log_training(self))
-                is_boundary = self.meetings.due(step) or self.guard.full or at_end
-                if is_boundary and recovery.agree(self) is Decision.STOP and step < self.last_step:
-                    return "stop"
+                is_meeting = self.meetings.due(step) or self.guard.full or at_end
+                if is_meeting and recovery.meet(self) is Decision.STOP and step < self.last_step:
+                    return Decision.STOP
                 if self.checkpointer is not None and not at_end and self.checkpointer.due(step):
                     self.save()
-        return "end"
+        return Decision.CONTINUE
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over this rank's micro-batches of the global batch."""
@@ -234,12 +242,11 @@ class Trainer:
 
     def after_first_step(self) -> None:
         """What takes long (data, compilation) is over, so from now on a silent rank is a broken one."""
-        if not self.warm:
-            self.warm = True
-            self.watchdog.arm()
-            distributed.set_timeout(self.cfg.watchdog.step_timeout_seconds)
-            if self.checkpointer is not None:
-                self.checkpointer.prepare(self.state_dict())
+        self.has_stepped = True
+        self.watchdog.arm()
+        distributed.set_timeout(self.cfg.watchdog.step_timeout_seconds)
+        if self.checkpointer is not None:
+            self.checkpointer.prepare(self.state_dict())
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -251,10 +258,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "progress": self.progress.state_dict(),
             "guard": self.guard.state_dict(),
-            "plan": {
-                "global_batch_size": self.plan.global_batch_size,
-                "steps_per_epoch": self.train_loader.steps_per_epoch,
-            },
+            "plan": {"global_batch_size": self.plan.global_batch_size, "steps_per_epoch": self.steps_per_epoch},
             "eval": self.last_eval,
             **self.origin,
         }
@@ -264,9 +268,7 @@ class Trainer:
         self.load_weights(state)
         self.guard.load_state_dict(state["guard"])
         self.progress.load_state_dict(state["progress"])
-        self.progress.move(
-            state["plan"], steps_per_epoch=self.train_loader.steps_per_epoch, batch=self.plan.global_batch_size
-        )
+        self.progress.move(state["plan"], steps_per_epoch=self.steps_per_epoch, batch=self.plan.global_batch_size)
         self.last_eval = dict(state["eval"])
 
     def load_weights(self, state: dict[str, Any]) -> None:

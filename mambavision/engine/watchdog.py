@@ -23,7 +23,7 @@ from mambavision.distributed import World
 
 T = TypeVar("T")
 _TICK_SECONDS = 0.5
-_DEAD_AFTER_BEATS = 3  # a rank this many heartbeats silent is called dead
+DEAD_AFTER_BEATS = 3  # a rank this many heartbeats silent is called dead
 _ORPHAN_SECONDS = 60.0  # the time to save after the launcher's death
 _LAST_RESORT_SECONDS = 60.0  # after the collectives' own timeout
 _WIDTH = 512  # bytes of a heartbeat; fixed, so that one write replaces another
@@ -163,7 +163,7 @@ class Watchdog:
         for beat in beats:
             silent = time.time() - beat["time"]
             who = f"rank {beat['rank']} on {beat['host']} (pid {beat['pid']})"
-            if silent > _DEAD_AFTER_BEATS * max(self.cfg.heartbeat_seconds, _TICK_SECONDS):
+            if silent > DEAD_AFTER_BEATS * max(self.cfg.heartbeat_seconds, _TICK_SECONDS):
                 found.append(f"{who} has been silent for {silent:.0f} s at step {beat['step']}")
             elif beat["step"] < newest or beat["phase"] == "data":
                 found.append(f"{who} is at step {beat['step']}, {beat['phase']}")

@@ -88,11 +88,6 @@ class WandbSink:
                 f"W&B was still busy after {seconds:.0f} s: {missing} events not sent; metrics.jsonl has them all"
             )
 
-    @property
-    def is_stuck(self) -> bool:
-        """Whether W&B's own threads may keep the process from ending."""
-        return self.thread.is_alive()
-
     def _work(self) -> None:
         try:
             run = self._start()

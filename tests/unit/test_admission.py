@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mambavision.distributed import World
-from mambavision.engine.admission import failures_in_status, on_main
+from mambavision.engine.admission import failures_in_status, on_main_in_directory
 from mambavision.engine.session import choose_kernels
 from mambavision.run_dir import RunDirectory
 from mambavision.run_lock import RunLock
@@ -24,7 +24,7 @@ def full_disk() -> None:
 
 def test_a_full_disk_at_the_start_is_advice_and_not_a_traceback(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"cannot use {tmp_path}: No space left on device; free space"):
-        on_main(WORLD, RunDirectory(tmp_path), full_disk)
+        on_main_in_directory(WORLD, RunDirectory(tmp_path), full_disk)
 
 
 def test_a_storage_that_is_away_for_a_while_is_no_refusal(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_a_storage_that_is_away_for_a_while_is_no_refusal(tmp_path: Path) -> Non
         raise OSError(errno.ESTALE, "Stale file handle")
 
     with pytest.raises(OSError, match="Stale file handle"):
-        on_main(WORLD, RunDirectory(tmp_path), stale)
+        on_main_in_directory(WORLD, RunDirectory(tmp_path), stale)
 
 
 def test_checkpoints_that_cannot_be_written_are_found_before_the_training(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from mambavision import list_models
+from mambavision.batch_plan import batch_plan
 from mambavision.compose import CONF_DIR, compose_eval_config, compose_train_config, group_choices
 from mambavision.config import EvalConfig, TrainConfig
-from mambavision.config_checks import ConfigError, batch_plan, check_values, known_keys, to_config
+from mambavision.config_checks import ConfigError, check_values, known_keys, to_config
 from mambavision.config_ranges import CHOICES, RANGES
 
 SYNTHETIC = ["data=synthetic"]
@@ -56,7 +57,7 @@ SYNTHETIC = ["data=synthetic"]
         ([*SYNTHETIC, "model.freeze=bakbone"], "did you mean model.freeze=backbone?"),
         (["data=ffcv", "data.path=null"], "needs data.path=DIR"),
         ([*SYNTHETIC, "data.num_classes=null"], "needs data.num_classes"),
-        ([*SYNTHETIC, "debug=yes"], "type debug=nan or debug=profile"),
+        ([*SYNTHETIC, "debug=yes"], "debug=yes is not known; one of: nan, profile"),
         ([*SYNTHETIC, "trainer.compile=true", "trainer.grad_checkpointing=true"], "type trainer.compile=false or"),
         ([*SYNTHETIC, "schedule.warmup_lr=1"], "schedule.warmup_lr=1, where the warm-up begins, is above optimizer.lr"),
         ([*SYNTHETIC, "schedule=constant", "schedule.cooldown_epochs=10"], "cooldown_epochs=0 trainer.epochs=310"),

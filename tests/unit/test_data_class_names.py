@@ -13,8 +13,8 @@ from data.datasets import list_folder
 from data.manifest import manifest_path
 from mambavision.config import DataConfig, EvalConfig, ModelConfig
 from mambavision.distributed import World
+from mambavision.engine.build import describe_data
 from mambavision.engine.score import check_classes
-from mambavision.engine.session import describe_data
 from mambavision.run_dir import RunDirectory
 from scripts import check_data
 from tests.unit.data_samples import make_betons, make_folder

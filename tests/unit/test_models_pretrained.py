@@ -11,8 +11,8 @@ import torch
 from mambavision import create_model
 from mambavision.compose import compose_train_config
 from mambavision.distributed import World
+from mambavision.engine.build import build_model
 from mambavision.engine.checkpoint import checkpoint_path, sidecar
-from mambavision.engine.session import build_model
 from mambavision.models.pretrained import load_weights
 from mambavision.run_dir import run_name
 

@@ -10,7 +10,7 @@ import torch
 from mambavision.compose import compose_train_config
 from mambavision.distributed import World
 from mambavision.engine import checkpoint
-from mambavision.engine.session import build_model, initial_weights
+from mambavision.engine.build import build_model, initial_weights
 
 WORLD = World(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 TINY = ["model=mambavision_nano", "data=synthetic"]

@@ -15,7 +15,8 @@ from torch import nn
 from mambavision.config import GuardConfig, WatchdogConfig
 from mambavision.distributed import BatchNormAverager, World
 from mambavision.engine import faults
-from mambavision.engine.guard import Guard, TrainingFailed, name_first_not_finite
+from mambavision.engine.debug_nan import name_first_not_finite
+from mambavision.engine.guard import Guard, TrainingFailed
 from mambavision.engine.losses import blind_guess
 from mambavision.engine.progress import TrainProgress
 from mambavision.engine.stop import Decision, Meetings, StopNotice

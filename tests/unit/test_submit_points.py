@@ -95,7 +95,7 @@ def test_a_leading_tilde_is_the_home_directory() -> None:
 def test_the_message_about_a_value_that_needs_quotes_has_the_word_to_type(path: str) -> None:
     with pytest.raises(ConfigError) as error:
         points.single(["data=folder", f"data.path={path}"])
-    (word,) = shlex.split(str(error.value).rsplit("the shell's: ")[1])
+    (word,) = shlex.split(str(error.value).rsplit("for the shell; type ")[1])
     assert points.single(["data=folder", word]).cfg.data.path == path
 
 
