@@ -13,7 +13,6 @@ from torch import nn
 from mambavision.compose import compose_train_config
 from mambavision.distributed import World
 from mambavision.engine.compilation import compile_mode, compiled
-from mambavision.ops import tracing
 from tests.unit.model_samples import micro
 
 
@@ -86,16 +85,6 @@ def test_the_tenth_point_of_a_sweep_is_compiled_too() -> None:
     for depth in range(1, 11):
         torch.compile(Point(depth), backend=counter, dynamic=False)(torch.ones(3))
     assert counter.frame_count == 10
-
-
-@pytest.mark.slow
-def test_a_torch_that_cannot_say_whether_it_exports_compiles_all_the_same(monkeypatch) -> None:
-    monkeypatch.setattr(tracing, "_is_exporting", tracing._flag_of_export)  # as with torch 2.6
-
-    def double(x: torch.Tensor) -> torch.Tensor:
-        return x if tracing.is_exported() else 2 * x
-
-    assert torch.compile(double, backend="eager", fullgraph=True)(torch.ones(3)).sum() == 6
 
 
 @pytest.mark.slow
