@@ -23,7 +23,7 @@ left() { echo $((deadline - SECONDS > 5 ? deadline - SECONDS : 5)); }
 
 beside=() # most of a test's time is compilation
 "$python" -c 'import xdist' 2>/dev/null && beside=(-n 6)
-timeout $((limit_seconds / 2)) "$python" -m pytest tests/gpu -q "${beside[@]}" --junit-xml "$parts/tests.xml"
+timeout -k 10 $((limit_seconds / 2)) "$python" -m pytest tests/gpu -q "${beside[@]}" --junit-xml "$parts/tests.xml"
 echo $? > "$parts/tests.code"
 
 benchmarks=( # name in the report: script and arguments
@@ -41,12 +41,12 @@ for benchmark in "${benchmarks[@]}"; do
     share=$(($(left) / remaining))
     remaining=$((remaining - 1))
     echo "== ${words[*]} (up to $share s)"
-    timeout "$share" "$python" "scripts/${words[0]}" "${words[@]:1}" --json "$parts/$name.json"
+    timeout -k 10 "$share" "$python" "scripts/${words[0]}" "${words[@]:1}" --json "$parts/$name.json"
     echo $? > "$parts/$name.code"
 done
 
 "$python" - "$parts" "$out" <<'PYTHON'
-import json, sys, xml.etree.ElementTree as xml
+import contextlib, json, sys, xml.etree.ElementTree as xml
 from pathlib import Path
 
 import torch
@@ -61,16 +61,15 @@ report = {
     "tests": {"exit_code": int((parts / "tests.code").read_text())},
     "benchmarks": {},
 }
-if (parts / "tests.xml").exists():
+with contextlib.suppress(OSError, xml.ParseError):  # stopped before it was written, or within
     suite = next(xml.parse(parts / "tests.xml").getroot().iter("testsuite"))
     report["tests"] |= {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
 for code in sorted(set(parts.glob("*.code")) - {parts / "tests.code"}):
-    result, exit_code = code.with_suffix(".json"), int(code.read_text())
-    report["benchmarks"][code.stem] = {
-        "exit_code": exit_code,
-        **({"cause": "ran out of its share of the time"} if exit_code == 124 else {}),
-        **(json.loads(result.read_text()) if result.exists() else {}),
-    }
+    exit_code, measured = int(code.read_text()), {}
+    with contextlib.suppress(OSError, ValueError):
+        measured = json.loads(code.with_suffix(".json").read_text())
+    cause = {"cause": "ran out of its share of the time"} if exit_code in (124, 137) else {}
+    report["benchmarks"][code.stem] = {"exit_code": exit_code, **cause, **measured}
 out.write_text(json.dumps(report, indent=1) + "\n")
 failed = [name for name, part in {"tests": report["tests"], **report["benchmarks"]}.items() if part["exit_code"]]
 print(f"gpu_check: {'failed: ' + ', '.join(failed) if failed else 'all passed'}; report in {out}")

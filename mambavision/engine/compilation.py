@@ -21,6 +21,7 @@ from mambavision.engine.stop import NOTICES
 from mambavision.ops.selective_scan import ENVIRONMENT_OVERRIDE
 
 _WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # these modes capture CUDA graphs
+_MOST_COMPILATIONS = 256  # of the model in one process
 
 
 def compile_mode(cfg: TrainConfig, world: World) -> str | None:
@@ -58,6 +59,7 @@ def compiled(model: nn.Module, mode: str | None) -> tuple[nn.Module, Callable[[]
     if mode is None:
         return model, _nothing
     start_compilers()
+    _raise_limit()
     fast = torch.compile(model, mode=mode, dynamic=False)  # a ramp of image sizes has few of them
     if mode not in _WITH_GRAPHS:
         return fast, _nothing
@@ -67,6 +69,17 @@ def compiled(model: nn.Module, mode: str | None) -> tuple[nn.Module, Callable[[]
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     return fast, torch.compiler.cudagraph_mark_step_begin
+
+
+def _raise_limit() -> None:
+    """How often one function is compiled in a process: once for each image size of a ramp and each point of a sweep.
+
+    Beyond 8, torch's own limit, it would run uncompiled from then on.
+    """
+    from torch._dynamo import config
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # until torch 2.6
+    setattr(config, name, max(getattr(config, name), _MOST_COMPILATIONS))
 
 
 @cache  # once a process: the points of a sweep share them

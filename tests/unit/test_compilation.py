@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from mambavision.compose import compose_train_config
 from mambavision.distributed import World
@@ -63,6 +64,27 @@ def test_gradients_exist_before_a_replay_could_lend_its_own() -> None:
     compiled(model, "reduce-overhead")
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
     assert model.head.bias.grad is None
+
+
+@pytest.mark.slow
+def test_the_tenth_point_of_a_sweep_is_compiled_too() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    class Point(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.depth = depth
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(self.depth):
+                x = x + 1
+            return x
+
+    compiled(micro(), "default")
+    counter = CompileCounter()
+    for depth in range(1, 11):
+        torch.compile(Point(depth), backend=counter, dynamic=False)(torch.ones(3))
+    assert counter.frame_count == 10
 
 
 @pytest.mark.slow
