@@ -84,14 +84,15 @@ _FLAGS_ALONE = {
 
 
 def check_command_line(arguments: list[str], cls: type) -> list[str]:
-    """`check_overrides` for a whole command line: Hydra's flags (-m, --cfg job, ...) pass through where they stand."""
+    """`check_overrides` for a whole command line. Hydra's flags (-m, --cfg job, ...) come last in what is returned:
+    between settings its parser takes none."""
     for argument in arguments:
         if argument.startswith("-") and argument.partition("=")[0] not in _FLAGS_WITH_VALUE | _FLAGS_ALONE:
             raise ConfigError(_no_such_flag(argument, cls))
     after_flag = [False, *(a in _FLAGS_WITH_VALUE for a in arguments)]
     is_override = [not a.startswith("-") and not follows for a, follows in zip(arguments, after_flag)]
-    checked = iter(check_overrides([a for a, yes in zip(arguments, is_override) if yes], cls))
-    return [next(checked) if yes else a for a, yes in zip(arguments, is_override)]
+    overrides, flags = ([a for a, yes in zip(arguments, is_override) if yes is kind] for kind in (True, False))
+    return check_overrides(overrides, cls) + flags
 
 
 def _no_such_flag(argument: str, cls: type) -> str:
