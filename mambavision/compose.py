@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mambavision.config import EvalConfig, TrainConfig
 from mambavision.config_checks import (
     ConfigError,
+    advice_for_words_from_elsewhere,
     check,
     check_values,
     known_keys,
@@ -72,27 +73,35 @@ def _plain(composed: DictConfig) -> dict:
         raise ConfigError(f"the configuration cannot be resolved: {error}") from error
 
 
-# Hydra's own flags that are followed by a word which is not a setting.
+# Hydra's own flags that are followed by a word which is not a setting, and the others.
 _FLAGS_WITH_VALUE = {
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-    "--config-path",
-    "-cp",
-    "--config-name",
-    "-cn",
-    "--config-dir",
-    "-cd",
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+}
+_FLAGS_ALONE = {
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--info", "-i"),
+    *("--shell-completion", "-sc", "--experimental-rerun"),
 }
 
 
 def check_command_line(arguments: list[str], cls: type) -> list[str]:
-    """`check_overrides` for a whole command line: Hydra's flags (-m, --cfg job, ...) pass through where they stand."""
+    """`check_overrides` for a whole command line. Hydra's flags (-m, --cfg job, ...) come last in what is returned:
+    between settings its parser takes none."""
+    for argument in arguments:
+        if argument.startswith("-") and argument.partition("=")[0] not in _FLAGS_WITH_VALUE | _FLAGS_ALONE:
+            raise ConfigError(_no_such_flag(argument, cls))
     after_flag = [False, *(a in _FLAGS_WITH_VALUE for a in arguments)]
     is_override = [not a.startswith("-") and not follows for a, follows in zip(arguments, after_flag)]
-    checked = iter(check_overrides([a for a, yes in zip(arguments, is_override) if yes], cls))
-    return [next(checked) if yes else a for a, yes in zip(arguments, is_override)]
+    overrides, flags = ([a for a, yes in zip(arguments, is_override) if yes is kind] for kind in (True, False))
+    return check_overrides(overrides, cls) + flags
+
+
+def _no_such_flag(argument: str, cls: type) -> str:
+    flag, _, value = argument.partition("=")
+    name = flag.lstrip("-").replace("-", "_")
+    how = f"{flag} is no flag of this program: settings are written key=value, without dashes"
+    if name in _groups_of(cls) or name in known_keys(cls):
+        return f"{how}: {name}={value or '...'}"
+    return f"{how}; {unknown_key_advice(name, cls)}"
 
 
 def check_overrides(overrides: list[str], cls: type) -> list[str]:
@@ -100,14 +109,26 @@ def check_overrides(overrides: list[str], cls: type) -> list[str]:
 
     Hydra accepts any new key with a leading `+` and answers unknown keys without a suggestion; both are refused here.
     Returns the overrides as Hydra wants them: no `+` before a group (both spellings are in use), one before the
-    free-form model.architecture keys, and texts that look like numbers in quotes.
+    free-form model.architecture keys, and in quotes texts that look like numbers or that its grammar cannot read.
     """
-    overrides = [_normalise(o) for o in overrides]
+    texts = text_keys(cls)
+    overrides = [_readable(_normalise(o), texts) for o in overrides]
     parsed = [_parse(o) for o in overrides]
     for override in parsed:
         _check_override(override, cls)
-    texts = text_keys(cls)
     return [_as_typed(o, p) if p.key_or_group in texts else o for o, p in zip(overrides, parsed)]
+
+
+def _readable(override: str, texts: list[str]) -> str:
+    """For Hydra no letter but the English, and no bracket, may stand in a value without quotes; directories have both."""
+    key, _, value = override.partition("=")
+    if key.lstrip("+") not in texts or "," in value:  # with commas perhaps a sweep
+        return override
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return f"{key}={quoted(value)}"
+    return override
 
 
 def _as_typed(override: str, parsed: Override) -> str:
@@ -148,12 +169,19 @@ def _check_override(override: Override, cls: type) -> None:
     key = override.key_or_group
     if key.startswith("hydra"):
         return
+    if override.is_delete() and not key.startswith("model.architecture."):
+        instead = f"{key}={'|'.join(group_choices(key))}" if _is_group(key) else f"{key}=VALUE"
+        raise ConfigError(
+            f"~{key} would not turn it off: a setting that is taken away has the default of mambavision/config.py; type {instead}"
+        )
     if _is_group(key):
         if key not in (own := _groups_of(cls)):
             raise ConfigError(f"{key}= is no group of this program; its groups are {', '.join(own)}")
         for choice in _choices_given(override):
             _check_choice(key, choice)
         return
+    if advice := advice_for_words_from_elsewhere(key, cls):
+        raise ConfigError(advice)
     keys = known_keys(cls)
     # Below a free-form mapping (model.architecture.depths=...) create_model checks the names.
     if key in keys or key.startswith("model.architecture."):
@@ -176,6 +204,8 @@ def _check_choice(group: str, choice: str) -> None:
     if choice not in available:
         near = difflib.get_close_matches(choice, available, n=3, cutoff=0.5)
         advice = f"did you mean {group}={near[0]}? " if near else ""
+        if group == "data" and os.sep in choice:
+            advice = f"did you mean data.path={choice}? "
         raise ConfigError(f"there is no {group}={choice}; {advice}available: {', '.join(available)}")
 
 

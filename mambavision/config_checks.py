@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from mambavision.config import EvalConfig, TrainConfig
 from mambavision.config_ranges import CHOICES, RANGES, out_of_range
+from mambavision.config_words import WORDS_FROM_ELSEWHERE
 
 T = TypeVar("T")
 
@@ -100,7 +101,16 @@ def _group_names(cls: type) -> set[str]:
     return {k.rsplit(".", 1)[0] for k in known_keys(cls) if "." in k}
 
 
+def advice_for_words_from_elsewhere(key: str, cls: type = TrainConfig) -> str | None:
+    """What to type for a name that other programs have; None where it is none of them, or a setting here."""
+    is_setting = key in known_keys(cls) and key not in _group_names(cls)
+    advice = WORDS_FROM_ELSEWHERE.get(key.rsplit(".", 1)[-1].replace("-", "_"))
+    return f"{key}= is no setting; {advice}" if advice and cls is TrainConfig and not is_setting else None
+
+
 def unknown_key_advice(key: str, cls: type = TrainConfig) -> str:
+    if advice := advice_for_words_from_elsewhere(key, cls):
+        return advice
     keys = known_keys(cls)
     leaf = key.rsplit(".", 1)[-1]
     # The right name in another group ("lr" for "optimizer.lr") is as likely a slip as a misspelling.

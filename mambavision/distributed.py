@@ -51,7 +51,7 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
         start_timeout_seconds: How long the ranks may wait for each other before the first one.
 
     Raises:
-        ValueError: `device` is cuda and there is none.
+        ValueError: `device` is cuda and there is none, or the environment holds only a part of what torchrun sets.
         TimeoutError: Not all ranks came.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -70,6 +70,8 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
         )
     if use_cuda:
         torch.cuda.set_device(local_rank)
+    if not is_initialized():
+        _check_launch(world_size)
     if "RANK" in os.environ and not is_initialized():
         # Control decisions travel over gloo on CPU tensors, so that agreeing never waits for the GPU's queue.
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
@@ -82,6 +84,19 @@ def init_world(device: str = "auto", timeout_seconds: float = 1800.0, start_time
         local_world_size,
         torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
     )
+
+
+def _check_launch(world_size: int) -> None:
+    """Some clusters set WORLD_SIZE for every program. Alone it would have this process train on its share of the images,
+    and nobody on the others."""
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing and ("RANK" in os.environ or world_size > 1):
+        given = " ".join(f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ)
+        raise ValueError(
+            f"{given} is set, but not {', '.join(missing)}: type torchrun --standalone --nproc_per_node=N before the script, "
+            "which sets all of them, or for a single process: env -u RANK -u WORLD_SIZE python ..."
+        )
 
 
 def ranks_by_device(world: World, host: str) -> dict[str, Counter[str]]:

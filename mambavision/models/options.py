@@ -67,6 +67,14 @@ class ModelOptions:
                 )
 
 
+# Keywords of other libraries' models whose letters would lead to a wrong one of ours.
+_KEYWORDS_FROM_ELSEWHERE = {
+    "img_size": "images of any size are taken, leave it out",
+    "pretrained": "weights are taken with checkpoint=PATH (a published file, or the directory of a run)",
+    "features_only": "that is timm's, timm.create_model(name, features_only=True); here forward_features gives the maps",
+}
+
+
 def resolve_options(name: str, architecture: dict[str, Any]) -> ModelOptions:
     """The options of a named variant with some of them replaced.
 
@@ -78,10 +86,9 @@ def resolve_options(name: str, architecture: dict[str, Any]) -> ModelOptions:
     known = [f.name for f in fields(ModelOptions)]
     for keyword in architecture:
         if keyword not in known:
-            raise ValueError(
-                f"architecture keyword {keyword!r} does not exist{_did_you_mean(keyword, known)}; "
-                f"all: {', '.join(known)}"
-            )
+            advice = _KEYWORDS_FROM_ELSEWHERE.get(keyword)
+            near = f": {advice}" if advice else _did_you_mean(keyword, known)
+            raise ValueError(f"architecture keyword {keyword!r} does not exist{near}; all: {', '.join(known)}")
     values = {field: getattr(VARIANTS[name], field) for field in ARCHITECTURE_FIELDS}
     values.update({k: v for k, v in architecture.items() if k not in ("drop_path", "stage_pattern") or v is not None})
     values["depths"] = _as_tuple("depths", values["depths"])

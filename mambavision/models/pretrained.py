@@ -107,9 +107,14 @@ def find_weights(content: Any, path: str | Path, *, weights: str = "model") -> d
         raise ValueError(f"weights {weights!r}: choose 'model' or 'ema'")
     state = content
     if weights == "ema":
-        if not isinstance(content, dict) or not isinstance(content.get("ema"), dict):
-            raise ValueError(f"checkpoint {str(path)!r} holds no moving average under 'ema'; use weights='model'")
-        state = content["ema"]
+        # Under the second name timm's saver keeps it.
+        found = [content.get(key) for key in ("ema", "state_dict_ema")] if isinstance(content, dict) else []
+        averages = [average for average in found if isinstance(average, dict)]
+        if not averages:
+            raise ValueError(
+                f"checkpoint {str(path)!r} holds no moving average under 'ema' or 'state_dict_ema'; use weights='model'"
+            )
+        state = averages[0]
     for key in NESTING_KEYS * 2:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -139,6 +144,9 @@ def load_weights(
     if replace_head:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         state.update({name: value for name, value in own.items() if name.startswith("head.")})
+    # No output depends on BatchNorm's count of batches, and layers that timm.utils.freeze has replaced keep none.
+    counts = {name: value for name, value in own.items() if name.endswith(".num_batches_tracked")}
+    state = {**counts, **state}
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     misshapen = [

@@ -41,7 +41,9 @@ def scan_reference(
             delta = delta + delta_bias.to(dtype)
         delta = F.softplus(delta)
         state = x.new_zeros(x.shape[0], x.shape[2], A.shape[1])
-        if x.shape[1] <= CHUNK_TOKENS:
+        if x.shape[1] == 0:
+            y = x * 0  # torch.stack wants at least one token
+        elif x.shape[1] <= CHUNK_TOKENS:
             y, _ = _scan_chunk(x, delta, A, B, C, state)
         else:
             chunks = []

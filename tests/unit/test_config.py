@@ -9,10 +9,17 @@ import pytest
 
 from mambavision import list_models
 from mambavision.batch_plan import batch_plan
-from mambavision.compose import CONF_DIR, compose_eval_config, compose_train_config, group_choices
+from mambavision.compose import (
+    CONF_DIR,
+    check_command_line,
+    compose_eval_config,
+    compose_train_config,
+    group_choices,
+)
 from mambavision.config import EvalConfig, TrainConfig
 from mambavision.config_checks import ConfigError, check_values, known_keys, to_config
 from mambavision.config_ranges import CHOICES, RANGES
+from mambavision.config_words import WORDS_FROM_ELSEWHERE
 
 SYNTHETIC = ["data=synthetic"]
 
@@ -31,6 +38,15 @@ SYNTHETIC = ["data=synthetic"]
         (["experiment=paper/mambavision_bb"], "did you mean experiment=paper/mambavision_b"),
         (["+nothing=1"], "there is no setting 'nothing'"),
         (["optimizer"], "settings are written key=value"),
+        (["batch_size=64"], "type trainer.global_batch_size=N (all ranks, a step) or trainer.micro_batch_size=N"),
+        (["trainer.batch_size=64"], "type trainer.global_batch_size=N"),
+        (["data-dir=/data"], "type data.path=DIR"),
+        (["data=/data/imagenet"], "did you mean data.path=/data/imagenet?"),
+        (["resume=runs/x"], "the same command (or run_name=NAME) continues a run"),
+        (["checkpoint=x.pt"], "type model.checkpoint=PATH"),
+        ([*SYNTHETIC, "~augment"], "~augment would not turn it off"),
+        ([*SYNTHETIC, "~augment"], "type augment=imagenet|light|none|small_images"),
+        ([*SYNTHETIC, "~augment.mixup"], "type augment.mixup=VALUE"),
         ([*SYNTHETIC, "optimizer.lr=fast"], "optimizer.lr='fast' is not a number"),
         ([*SYNTHETIC, "trainer.epochs=2.5"], "trainer.epochs=2.5 is not a whole number"),
         ([*SYNTHETIC, "optimizer.betas=[0.9]"], "takes 2 numbers"),
@@ -72,6 +88,48 @@ def test_slip_is_answered_with_what_to_type(overrides: list[str], advice: str):
     with pytest.raises(ConfigError) as error:
         compose_train_config(overrides)
     assert advice in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ("--model mambavision_t --epochs 3", "--model is no flag of this program: settings are written key=value"),
+        ("--model=mambavision_t", "without dashes: model=mambavision_t"),
+        ("--epochs 300", "did you mean trainer.epochs?"),
+        ("--batch-size=128", "type trainer.global_batch_size=N"),
+        ("--config run.yaml", "taken with experiment=NAME"),
+        ("--local-rank=1", "start with torchrun"),
+    ],
+)
+def test_a_flag_of_another_program_is_answered_with_the_setting(arguments: str, advice: str):
+    with pytest.raises(ConfigError) as error:
+        check_command_line(arguments.split(), TrainConfig)
+    assert advice in str(error.value)
+
+
+def test_flags_of_hydra_may_stand_anywhere():
+    """Between settings, as in `train.py model=mambavision_t -m seed=1,2`, Hydra called what follows unrecognized."""
+    line = ["data=synthetic", "--cfg", "job", "--cfg=hydra", "-m", "--multirun", "--resolve", "--info", "seed=1,2"]
+    assert check_command_line(line, TrainConfig) == [line[0], line[-1], *line[1:-1]]
+
+
+def test_every_word_from_elsewhere_is_answered():
+    """A setting of that name here would be taken, and the answer never given."""
+    for word in WORDS_FROM_ELSEWHERE:
+        with pytest.raises(ConfigError, match=f"{word}= is no setting; "):
+            compose_train_config([f"{word}=1"])
+
+
+@pytest.mark.parametrize("name", ["größe", "école/2 (copy)", "собака", "a[1]", "{x}", "it's é"])
+def test_a_text_may_have_any_letters_and_brackets(name: str):
+    assert compose_train_config([*SYNTHETIC, f"run_name={name}"]).run_name == name
+
+
+def test_a_free_form_key_of_an_experiment_can_be_taken_away():
+    experiment = "experiment=ablation/windows_7_7"
+    assert "window_size" in compose_train_config([*SYNTHETIC, experiment]).model.architecture
+    overrides = [*SYNTHETIC, experiment, "~model.architecture.window_size"]
+    assert "window_size" not in compose_train_config(overrides).model.architecture
 
 
 def test_a_warm_up_that_precedes_the_epochs_may_be_longer_than_they_are():

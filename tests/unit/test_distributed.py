@@ -107,3 +107,31 @@ def test_a_node_that_has_lost_its_gpus_is_named(monkeypatch: pytest.MonkeyPatch)
         ValueError, match="ranks on n7 have no CUDA device, other ranks of the job have one: .*--exclude"
     ):
         check_same_devices(world)
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but not RANK, MASTER_ADDR, MASTER_PORT: type torchrun"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "RANK=0 WORLD_SIZE=2 is set, but not MASTER_ADDR, MASTER_PORT: type torchrun",
+        ),
+    ],
+)
+def test_half_of_a_launchers_variables_are_refused(
+    given: dict[str, str], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With WORLD_SIZE=2 alone one process trained on every other micro-batch, scored half of the images, and finished."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=missing):
+        init_world("cpu")
+
+
+def test_a_world_of_one_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert init_world("cpu") == World(0, 1, 0, 1, torch.device("cpu"))

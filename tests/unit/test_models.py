@@ -121,6 +121,8 @@ def test_gradient_checkpointing_changes_no_gradient():
     [
         ({"name": "mambavision_x"}, r"'mambavision_x' does not exist \(nearest: 'mambavision_"),
         ({"depht": (1, 1, 1, 1)}, r"'depht' does not exist \(nearest: 'depths'\)"),
+        ({"img_size": 512}, "'img_size' does not exist: images of any size are taken, leave it out"),
+        ({"pretrained": True}, "'pretrained' does not exist: weights are taken with checkpoint=PATH"),
         ({"mixer": "gated"}, "mixer 'gated' does not exist; choose one of concat, gate"),
         ({"window_padding": "none"}, "choose one of published, tight"),
         ({"stem_stride": 3}, "choose one of 4, 2, 1"),

@@ -62,8 +62,24 @@ def test_our_own_checkpoint_gives_raw_weights_or_the_moving_average(tmp_path, so
     path = save(tmp_path, {"model": source.state_dict(), "ema": average, "optimizer": {}, "progress": {"step": 3}})
     assert_same_weights(build(checkpoint=path), source.state_dict())
     assert_same_weights(build(checkpoint=path, weights="ema"), average)
-    with pytest.raises(ValueError, match="no moving average under 'ema'; use weights='model'"):
+    with pytest.raises(ValueError, match="no moving average under 'ema' or 'state_dict_ema'; use weights='model'"):
         build(checkpoint=save(tmp_path, {"model": source.state_dict()}), weights="ema")
+
+
+def test_a_file_of_timms_saver_gives_its_moving_average(tmp_path, source):
+    average = {name: value + 1 for name, value in source.state_dict().items()}
+    path = save(tmp_path, {"state_dict": source.state_dict(), "state_dict_ema": average, "version": 2})
+    assert_same_weights(build(checkpoint=path), source.state_dict())
+    assert_same_weights(build(checkpoint=path, weights="ema"), average)
+
+
+def test_weights_of_a_model_that_timm_froze_in_part_load(tmp_path, source):
+    """The layers that stand in for BatchNorm there keep no count of batches."""
+    timm.utils.freeze(source, ["patch_embed", "levels.0"])
+    state = source.state_dict()
+    assert state.keys() < build().state_dict().keys()
+    model = build(checkpoint=save(tmp_path, {"state_dict": state}))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
 
 
 def test_a_run_directory_stands_for_its_best_checkpoint(tmp_path, source):

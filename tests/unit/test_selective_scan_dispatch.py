@@ -65,6 +65,14 @@ def test_without_skip_and_bias():
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_no_tokens_give_no_outputs(backend: str):
+    u, delta, A, B, C, D, bias = (t.float() for t in inputs(tokens=0))
+    y = selective_scan_tokens(u.requires_grad_(), delta, A, B, C, D, bias, backend=backend)
+    y.sum().backward()
+    assert y.shape == u.shape == u.grad.shape
+
+
 def test_reference_keeps_a_float32_state_under_autocast():
     arguments = inputs(tokens=64, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

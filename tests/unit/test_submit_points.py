@@ -91,7 +91,13 @@ def test_a_leading_tilde_is_the_home_directory() -> None:
     assert points.single(["data=folder", "data.path=~/set"]).cfg.data.path == str(Path.home() / "set")
 
 
-@pytest.mark.parametrize("path", ["/data/(old) x", "/[a]", "/{a}", "/~a", "/it's", '/say "a"', "/a=b"])
+@pytest.mark.parametrize("path", ["/data/(old) x", "/[a]", "/{a}", "/~a", "/it's", '/say "a"', "/a=b", "/données"])
+def test_a_path_is_taken_as_it_was_typed(path: str) -> None:
+    assert points.single(["data=folder", f"data.path={path}"]).cfg.data.path == path
+    assert [p.cfg.data.path for p in points.expand(["data=folder", f"data.path={path}", "seed=1,2"])] == [path] * 2
+
+
+@pytest.mark.parametrize("path", ["/data/(old), x", "/é,b"])
 def test_the_message_about_a_value_that_needs_quotes_has_the_word_to_type(path: str) -> None:
     with pytest.raises(ConfigError) as error:
         points.single(["data=folder", f"data.path={path}"])
