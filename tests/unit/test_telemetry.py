@@ -84,14 +84,14 @@ sink.close()
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "-c", program], **pipes)
     process.stdout.close()
-    _, errors = process.communicate(b"go\n", timeout=60)
+    _, errors = process.communicate(b"go\n", timeout=300)
     assert (process.returncode, errors) == (0, b"")
 
 
 def test_a_letter_that_the_terminal_does_not_know_does_not_end_the_training() -> None:
     program = 'from mambavision.telemetry.console import ConsoleSink; ConsoleSink().log("notice", {"message": "größe"})'
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, b"note      gr\\xf6\\xdfe\n"), done.stderr
 
 
