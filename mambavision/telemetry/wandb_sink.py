@@ -49,7 +49,7 @@ class WandbSink:
         self.events: queue.Queue = queue.Queue(_QUEUE_EVENTS)
         self.dropped = 0
         self.last_warning = float("-inf")
-        self.created = time.monotonic()
+        self.waiting_since = time.monotonic()
         self.progress = "starting"  # starting | logging | failed
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self.thread.start()
@@ -60,7 +60,7 @@ class WandbSink:
         if event not in _SENT_EVENTS or _place(fields) <= self.newest[event]:
             return
         self.newest[event] = _place(fields)
-        waiting = time.monotonic() - self.created
+        waiting = time.monotonic() - self.waiting_since
         if self.progress == "starting" and waiting > self.cfg.init_timeout_seconds + _GRACE_SECONDS:
             self._warn(f"W&B has not started within {waiting:.0f} s; training does not wait for it")
         self._put(event, _numbers(fields))
@@ -124,6 +124,8 @@ class WandbSink:
     def _start(self) -> Any:
         import wandb
 
+        # Anew: a busy machine is long in importing it, which says nothing about W&B.
+        self.waiting_since = time.monotonic()
         mode = self._mode(wandb)
         if mode == "online":
             try:

@@ -40,6 +40,11 @@ SETTINGS = (
     "watchdog.heartbeat_seconds=0.5",
 )
 STEPS, STEPS_PER_EPOCH = 24, 8
+# A checkpoint that falls due while the one before is being written comes a step or more later. Where a test counts on the
+# steps above, training waits for each: there are as many steps between 8 and 10 as a slow disk likes to take.
+WRITES_WAITED_FOR = "checkpoint.asynchronous=false"
+# A fault: whoever wants to meet a run under way has seconds to do so, whatever the machine.
+LASTING = f"sleep0.3@12-{STEPS}"
 PATIENCE_SECONDS = 300.0  # a run takes 4 s; on a machine that others use too it has taken 20 times as long
 
 
@@ -127,6 +132,13 @@ class Training:
                 os.killpg(self.pid, signal.SIGKILL)
             except ProcessLookupError:  # it has not become a group yet, or not any more
                 os.kill(self.pid, signal.SIGKILL)
+
+    def wait_for_ranks(self, timeout: float = PATIENCE_SECONDS) -> None:
+        """Until no rank runs that was seen: what was killed ends in its own time, and torchrun's ranks outlive it."""
+        end = time.monotonic() + timeout
+        while alive := [b["pid"] for b in self.heartbeats if running(b["pid"])]:
+            assert time.monotonic() < end, f"processes {alive} still run after {timeout:.0f} s"
+            time.sleep(0.01)
 
     def wait_for(self, condition: Callable[[], Any], timeout: float = PATIENCE_SECONDS) -> None:
         end = time.monotonic() + timeout

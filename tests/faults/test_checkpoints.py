@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from mambavision.engine import checkpoint
-from tests.faults.harness import STEPS, Trainer, newest, state_hash, valid_steps
+from tests.faults.harness import STEPS, WRITES_WAITED_FOR, Trainer, newest, state_hash, valid_steps
 
 pytestmark = pytest.mark.faults
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.faults
 @pytest.fixture
 def stopped(train: Trainer) -> Path:
     """A run of one rank that was stopped at step 12, with checkpoints at 8, 10 and 12."""
-    training = train.run("run", fault="term@11", ranks=1)
+    training = train.run("run", WRITES_WAITED_FOR, fault="term@11", ranks=1)
     assert training.code == 75
     assert valid_steps(training.directory) == [8, 10, 12]
     return training.directory

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from scripts.inspect_run import inspect
-from tests.faults.harness import STEPS, Trainer, newest, state_hash, valid_steps
+from tests.faults.harness import LASTING, STEPS, WRITES_WAITED_FOR, Trainer, newest, state_hash, valid_steps
 
 pytestmark = pytest.mark.faults
 DRAWS = random.Random(5)
@@ -22,7 +22,7 @@ DRAWS = random.Random(5)
 def test_a_killed_rank_ends_the_job_and_the_same_command_continues_to_the_same_weights(
     train: Trainer, reference: str, step: int, rank: int
 ) -> None:
-    killed = train.start("run", fault=f"kill@{step}:{rank}")
+    killed = train.start("run", WRITES_WAITED_FOR, fault=f"kill@{step}:{rank}")
     assert killed.wait() == 1
     end = time.time()
     assert end - max(b["time"] for b in killed.heartbeats if b["rank"] == rank) < 10
@@ -36,10 +36,11 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_continues_to_the_same_w
 
 
 def test_a_lost_node_leaves_no_lock_and_loses_at_most_one_interval(train: Trainer, reference: str) -> None:
-    lost = train.start("run")
+    lost = train.start("run", WRITES_WAITED_FOR, fault=LASTING)
     lost.wait_for_step(12)
     lost.kill()
     lost.wait()
+    lost.wait_for_ranks()
     assert (lost.directory / "LOCK").exists()
     assert max(valid_steps(lost.directory)) >= 8
     again = train.run("run")
@@ -55,7 +56,7 @@ def test_a_lost_node_leaves_no_lock_and_loses_at_most_one_interval(train: Traine
 
 @pytest.mark.parametrize("place", ["copy", "open", "payload", "fsync", "rename", "retain", "saved"])
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(train: Trainer, place: str) -> None:
-    killed = train.run("run", fault=f"kill@15/{place}", ranks=1)
+    killed = train.run("run", WRITES_WAITED_FOR, fault=f"kill@15/{place}", ranks=1)
     assert killed.code != 0
     expected = 15 if place in ("retain", "saved") else 10
     assert max(valid_steps(killed.directory)) == expected
@@ -79,6 +80,7 @@ def test_a_last_evaluation_in_mid_epoch_is_made_up_for_as_well(train: Trainer) -
     killed = train.start("run", "trainer.max_steps=12", fault="sleep600@12/evaluate", ranks=1)
     killed.wait_for(lambda: 12 in valid_steps(killed.directory))
     killed.kill()
+    killed.wait_for_ranks()
     again = train.run("run", "trainer.max_steps=12", ranks=1)
     assert (again.code, [e["step"] for e in again.events("eval")]) == (0, [8, 12])
     assert again.status["eval/top1"] == again.events("eval")[-1]["eval/top1"]
@@ -88,6 +90,7 @@ def test_a_kill_in_a_long_evaluation_loses_no_step(train: Trainer, reference: st
     killed = train.start("run", "checkpoint.every_steps=null", fault="sleep600@8/evaluate", ranks=1)
     killed.wait_for(lambda: valid_steps(killed.directory) == [8])
     killed.kill()
+    killed.wait_for_ranks()
     again = train.run("run")
     assert again.events("start")[-1]["step"] == 8
     assert [e["step"] for e in again.events("eval")] == [8, 16, STEPS]
@@ -127,11 +130,12 @@ def test_a_crash_loop_ends_after_three_starts_and_says_at_which_step(train: Trai
 
 def test_torchrun_survives_the_same_kill(train: Trainer, reference: str) -> None:
     killed = train.start("run", fault="kill@11:1", torchrun=True)
-    assert killed.wait(150) == 1
-    again = train.start("run", torchrun=True)
-    again.wait_for(lambda: len(again.heartbeats) == 2 and again.heartbeats[0]["step"] >= 14, 100)
+    assert killed.wait() == 1
+    again = train.start("run", fault=LASTING, torchrun=True)
+    again.wait_for(lambda: len(again.heartbeats) == 2 and again.heartbeats[0]["step"] >= 14)
     os.killpg(again.pid, signal.SIGKILL)
     again.wait()
+    again.wait_for_ranks()  # they save and end; until then the next start would be refused
     assert train.run("run").code == 0
     assert state_hash(again.directory) == reference
     assert newest(again.directory).name == f"step_{STEPS:08d}.pt"

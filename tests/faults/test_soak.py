@@ -58,6 +58,7 @@ def test_thirty_random_faults_later_the_weights_are_the_same(train: Trainer, cap
             time.sleep(random_.uniform(0.5, 3.0))
             if training.poll(0) is None:
                 training.kill()
+                training.wait_for_ranks()
                 ordered[-1] = "kill from outside"
         code = training.wait()
         assert code in (0, 1, -signal.SIGKILL), f"{fault}: {code}\n{training.output[-3000:]}"
@@ -120,6 +121,7 @@ def test_fifty_kills_at_random_instants_over_real_images_lose_nothing(train_ffcv
             time.sleep(random_.uniform(0.0, 0.2))
         training.kill()
         training.wait()
+        training.wait_for_ranks()
         killed += 1
         valid = valid_steps(training.directory)
         assert max(valid, default=0) >= best, "a valid checkpoint was lost"

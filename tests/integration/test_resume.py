@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
 
 import pytest
 
 from mambavision.engine import checkpoint
 from tests.faults.conftest import prefork, reference, train, uninterrupted  # noqa: F401
-from tests.faults.harness import STEPS, STEPS_PER_EPOCH, Trainer, Training, newest, running, state_hash, valid_steps
+from tests.faults.harness import (
+    LASTING,
+    STEPS,
+    STEPS_PER_EPOCH,
+    WRITES_WAITED_FOR,
+    Trainer,
+    Training,
+    newest,
+    state_hash,
+    valid_steps,
+)
 
 
 def test_a_run_killed_twice_and_stopped_once_arrives_at_the_same_bits(train: Trainer, reference: str) -> None:  # noqa: F811
@@ -19,7 +27,7 @@ def test_a_run_killed_twice_and_stopped_once_arrives_at_the_same_bits(train: Tra
     assert killed.code == 1
     assert killed.status["status"] == "failed"
     assert "rank 1" in killed.status["cause"]
-    train.run("run", fault="kill@10:0/fsync")
+    train.run("run", WRITES_WAITED_FOR, fault="kill@10:0/fsync")
     assert valid_steps(killed.directory) == [5, 8]
     noticed = train.run("run", fault="usr@17:1")
     assert (noticed.status["status"], noticed.status["step"]) == ("preempted", 18)
@@ -30,15 +38,11 @@ def test_a_run_killed_twice_and_stopped_once_arrives_at_the_same_bits(train: Tra
 
 
 def test_a_lost_node_and_a_damaged_checkpoint_cost_time_and_nothing_else(train: Trainer, reference: str) -> None:  # noqa: F811
-    lost = train.start("run")
+    lost = train.start("run", fault=LASTING)
     lost.wait_for_step(12)
-    ranks = [lost.rank_pid(rank) for rank in (0, 1)]
-    os.killpg(lost.pid, signal.SIGKILL)
+    lost.kill()
     lost.wait()
-    deadline = time.monotonic() + 5
-    while any(running(pid) for pid in ranks):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    lost.wait_for_ranks()
     path = newest(lost.directory)
     os.truncate(path, path.stat().st_size - 1)
     again = train.run("run")

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -73,13 +72,14 @@ def test_without_a_network_training_starts_at_once_and_finishes_with_one_warning
     with socket.socket() as closed:  # bound, so that nobody else takes the port; not listening, so that it refuses
         closed.bind(("127.0.0.1", 0))
         nowhere = {"WANDB_BASE_URL": f"http://127.0.0.1:{closed.getsockname()[1]}", "WANDB_API_KEY": "0" * 40}
-        start = time.time()
         done = train(tmp_path, "logger.init_timeout_seconds=5", WANDB_MODE="online", **nowhere)
     assert done.returncode == 0, done.stderr
     events = read_events(tmp_path / "run" / "metrics.jsonl")
-    began = next(e["time"] for e in events if e["event"] == "start")
-    first_step = next(e["time"] for e in events if e["event"] == "train")
-    assert first_step - began < 20 and began - start < 60  # a few seconds each on a machine with nothing else to do
+    launched, began, first_step = (
+        next(e["time"] for e in events if e["event"] == kind) for kind in ("launch", "start", "train")
+    )
+    # A few seconds each on a machine with nothing else to do; W&B left to itself would wait for 90.
+    assert began - launched < 60 and first_step - began < 60
     assert next(e["status"] for e in events if e["event"] == "stop") == "finished"
     warnings = [e for e in events if e["event"] == "warning"]
     assert len(warnings) == 1 and "out of reach" in warnings[0]["message"]

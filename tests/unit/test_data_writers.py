@@ -40,7 +40,7 @@ class Grey:
         return np.full((4, 4, 3), index, dtype=np.uint8)
 
 
-def wait_until(condition, seconds: float = 20):
+def wait_until(condition, seconds: float = 120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -160,7 +160,7 @@ def test_a_stopped_command_leaves_nothing_and_a_second_one_finishes(number, send
         (worker,) = children(process.pid)
         send(process.pid, number)
         os.close(pipe)
-        assert process.wait(30) == 130
+        assert process.wait(120) == 130
         assert not runs(worker) and [p.name for p in tmp_path.glob("train.beton*")] == []
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -90,7 +90,7 @@ def test_a_refusal_of_sbatch_is_passed_on(sbatch: Path) -> None:
 def test_an_option_that_sbatch_would_not_get_is_answered_with_how_to_write_it(words: list[str], told: str) -> None:
     command = [sys.executable, str(slurm.ROOT / "scripts" / "submit.py"), "experiment=tiny", *words]
     environment = os.environ | {"PYTHONPATH": str(slurm.ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and told in done.stderr, done.stderr
 
 
@@ -147,5 +147,5 @@ def test_another_clones_code_is_not_submitted_without_a_word(tmp_path: Path) -> 
     script.write_text((slurm.ROOT / "scripts" / "submit.py").read_text())
     environment = os.environ | {"PYTHONPATH": str(slurm.ROOT)}
     command = [sys.executable, str(script), "experiment=tiny", "--local", "--check"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and f"imports is that of {slurm.ROOT}; use the .venv of {tmp_path}" in done.stderr
