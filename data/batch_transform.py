@@ -48,7 +48,7 @@ class BatchTransform:
         """
         augment = self.augment
         key = keyed_random.step_key(self.seed, step, micro_index)
-        images = self.evaluate(batch.images)
+        images = self.normalise(batch.images)
         mixing = not augment.mixup_off_epoch or epoch < augment.mixup_off_epoch
         parameters = draw_mix(
             key,
@@ -71,7 +71,7 @@ class BatchTransform:
         targets = soft_targets(batch.targets, self.num_classes, augment.label_smoothing, parameters)
         return images, targets
 
-    def evaluate(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) -> normalised float32 in channels_last, nothing random."""
         if images.device not in self._statistics:
             self._statistics[images.device] = tuple(

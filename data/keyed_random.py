@@ -55,6 +55,7 @@ The draws. "try t" repeats up to ten times, t = 0..9; a draw that is not needed 
                        1, 2      centre of the cutmix box, y: below(height), x: below(width)
     17 MIX_LAMBDA      0...      lambda ~ Beta(alpha, alpha), see `beta`
     18 ERASING_NOISE   0         seed of the device's noise generator
+    19 DROP_PATH       -         its key is the seed of torch's generator, which drops paths
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ SAMPLE, STEP, ORDER = 1, 2, 3
 
 # Purposes: what a draw decides.
 CROP, INTERPOLATION, FLIP, PAD_CROP, RAND_AUGMENT, TRIVIAL, THREE, JITTER, ERASING = range(1, 10)
-MIX, MIX_LAMBDA, ERASING_NOISE = 16, 17, 18
+MIX, MIX_LAMBDA, ERASING_NOISE, DROP_PATH = 16, 17, 18, 19
 
 
 def mix(z: int) -> int:

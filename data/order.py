@@ -71,11 +71,6 @@ class EpochPlan:
         return self.num_samples // self.global_batch_size
 
     @property
-    def micro_batches_per_step(self) -> int:
-        """Of this rank: its accumulation steps."""
-        return self.global_batch_size // (self.micro_batch_size * self.world_size)
-
-    @property
     def samples_per_rank(self) -> int:
         """Of a whole epoch."""
         return self.steps_per_epoch * self.global_batch_size // self.world_size

@@ -117,8 +117,7 @@ def check(chosen: Sequence[Point], args: argparse.Namespace, options: Sequence[s
     nodes = 1 if args.local else args.nodes or int(slurm.script_default("nodes"))
     ranks = ranks_per_node(args, options)
     problems = problems_before_start(chosen, nodes * ranks)
-    plan = doctor.Plan(nodes=nodes, nproc_per_node=ranks)
-    for finding in doctor.before_submission([p.cfg for p in chosen], plan):
+    for finding in doctor.before_submission([p.cfg for p in chosen]):
         if finding.level == "error":
             problems.append(f"{finding.name}: {finding}")
         elif finding.level == "warning":

@@ -61,7 +61,7 @@ class Plan:
         return self.nodes * self.nproc_per_node
 
 
-def before_submission(cfgs: Sequence[TrainConfig], plan: Plan) -> list[Finding]:
+def before_submission(cfgs: Sequence[TrainConfig]) -> list[Finding]:
     """What can be told on a login node, for all points of a sweep at once; each finding once."""
     findings = []
     for cfg in cfgs:

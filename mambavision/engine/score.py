@@ -126,7 +126,7 @@ def score(cfg: EvalConfig) -> dict[str, Any]:
     result = evaluate(
         models,
         loader,
-        prepare=transform.evaluate,
+        prepare=transform.normalise,
         autocast=autocast,
         world=world,
         answered=answers.add if table else None,

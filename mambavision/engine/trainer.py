@@ -32,8 +32,6 @@ from mambavision.optim.schedule import LearningRate
 from mambavision.telemetry.meters import StepMeters
 from mambavision.telemetry.sinks import Telemetry
 
-DROP_PATH = 19  # the purpose of a step key's draws that decides stochastic depth; data/keyed_random.py lists the others
-
 
 class Trainer:
     """Everything one rank needs to train; `state_dict` is everything that must survive a kill."""
@@ -210,7 +208,7 @@ class Trainer:
     def seed_stochastic_depth(self, index: int) -> None:
         """Dropped paths are a function of (seed, step, micro-batch), so a resumed run drops the same ones."""
         key = keyed_random.step_key(self.cfg.seed, self.progress.step, self.global_micro_index(index))
-        torch.manual_seed(keyed_random.fold(key, DROP_PATH) >> 1)
+        torch.manual_seed(keyed_random.fold(key, keyed_random.DROP_PATH) >> 1)
 
     def sync_gradients_on_last(self, index: int) -> contextlib.AbstractContextManager:
         last = index == self.plan.accum_steps - 1
@@ -236,7 +234,7 @@ class Trainer:
         faults.at("evaluate", self.progress.step)
         models = {"": self.raw_model} | ({"ema_": self.ema.module} if self.ema is not None else {})
         batches = self.watchdog.while_iterating(self.eval_loader, self.progress.step, "evaluate")
-        result = evaluate(models, batches, prepare=self.transform.evaluate, autocast=self.autocast, world=self.world)
+        result = evaluate(models, batches, prepare=self.transform.normalise, autocast=self.autocast, world=self.world)
         self.last_eval = {"step": self.progress.step, **{f"eval/{k}": v for k, v in result.items()}}
         self.telemetry.log("eval", epoch=self.epoch_done, samples_seen=self.progress.samples_seen, **self.last_eval)
 

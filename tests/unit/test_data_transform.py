@@ -29,7 +29,7 @@ def transform(**config) -> BatchTransform:
 
 
 def test_normalising_is_exact_and_channels_last():
-    images = transform().evaluate(batch().images)
+    images = transform().normalise(batch().images)
     expected = (batch().images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(images.double(), expected, rtol=0, atol=1e-5)
     assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
@@ -108,7 +108,7 @@ def mix_key(kind: str) -> int:
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixing_equals_timms_with_the_same_parameters(kind, monkeypatch):
     parameters = draw_mix(mix_key(kind), mixup=0.8, cutmix=1.0, switch_prob=0.5, height=24, width=24)
-    images, targets = transform().evaluate(batch().images), batch().targets
+    images, targets = transform().normalise(batch().images), batch().targets
     theirs = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=5)
     monkeypatch.setattr(
         theirs, "_params_per_batch", lambda: (parameters.lam if kind == "mixup" else 0.5, kind == "cutmix")
@@ -178,7 +178,7 @@ def test_the_native_library_normalises_to_the_same_bits():
     for size in (1, 5, 24, 37):  # whole blocks of pixels, and what is left over
         images = batch(3, size).images
         mean, std = (torch.tensor([255.0 * v for v in values]).view(1, 3, 1, 1) for values in (MEAN, STD))
-        normalised = transform().evaluate(images)
+        normalised = transform().normalise(images)
         assert torch.equal(normalised, images.float().sub_(mean).div_(std))
         assert normalised.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(transform().evaluate(images.contiguous()), normalised), "another layout, by torch"
+        assert torch.equal(transform().normalise(images.contiguous()), normalised), "another layout, by torch"
