@@ -8,7 +8,7 @@ FROM nvidia/cuda:${CUDA}-cudnn-devel-ubuntu24.04
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu128
 # mamba-ssm up to 2.3.2 is C++17, the headers of torch 2.14 are C++20 (requirements-gpu.txt). With MAMBA_SSM=0 any will do.
-ARG TORCH="torch>=2.6,<2.14"
+ARG TORCH="torch>=2.8,<2.14"
 # The architectures that mamba-ssm's kernels are compiled for: A100, H100. Ours are compiled at run time.
 ARG TORCH_CUDA_ARCH_LIST="8.0;9.0"
 ARG MAMBA_SSM=1

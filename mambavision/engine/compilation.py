@@ -78,8 +78,7 @@ def _raise_limit() -> None:
     """
     from torch._dynamo import config
 
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # until torch 2.6
-    setattr(config, name, max(getattr(config, name), _MOST_COMPILATIONS))
+    config.recompile_limit = max(config.recompile_limit, _MOST_COMPILATIONS)
 
 
 @cache  # once a process: the points of a sweep share them

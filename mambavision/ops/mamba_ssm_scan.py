@@ -44,14 +44,7 @@ def _(u, delta, A, B, C, D, delta_bias):
     return torch.empty_like(delta), A.new_empty(u.shape[0], u.shape[1], chunks, A.shape[1] * 2)
 
 
-@torch.library.custom_op(
-    "mambavision::mamba_ssm_backward",
-    mutates_args=(),
-    device_types="cuda",
-    # torch 2.6 cannot read it off a return type of list[Tensor].
-    schema="(Tensor dy, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor states)"
-    " -> Tensor[]",
-)
+@torch.library.custom_op("mambavision::mamba_ssm_backward", mutates_args=(), device_types="cuda")
 def _backward(
     dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
     states: Tensor,

@@ -15,14 +15,6 @@ import torch
 Function = TypeVar("Function", bound=Callable)
 
 
-def _flag_of_export() -> bool:
-    """In torch 2.6, which has no `is_exporting`: torch.export alone sets it, and not while it traces strictly."""
-    return torch.compiler._is_compiling_flag
-
-
-_is_exporting = getattr(torch.compiler, "is_exporting", _flag_of_export)
-
-
 def constant_when_traced(function: Function) -> Function:
     """torch.compile calls it while tracing and takes the answer for a constant, instead of looking inside.
 
@@ -45,7 +37,7 @@ def needs_plain_operators() -> bool:
 
 def is_exported() -> bool:
     """Whether a graph is recorded that may run elsewhere: by torch.export, torch.jit.trace, an ONNX exporter."""
-    return _is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing()
+    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing()
 
 
 def is_transformed() -> bool:

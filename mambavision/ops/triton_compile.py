@@ -9,7 +9,6 @@ in the inner loop. The sizes are those that the network's own shapes lead to (N 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import re
 import subprocess
@@ -112,31 +111,18 @@ class Usage(NamedTuple):
 def compile_ahead(name: str, architecture: int, dtype: str) -> Usage:
     """Compiles the variant for a compute capability (80 = A100, 90 = H100), data in dtype (bf16, fp16, fp32)."""
     kernel, constants, warps, _ = VARIANTS[name]
-    signature, divisible = {}, []
+    signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in constants:
+            signature[argument] = "constexpr"
             continue
+        is_pointer = argument.endswith("_ptr")
         signature[argument] = _type_of(argument, dtype)
-        if argument.endswith("_ptr") or argument.startswith("stride") or argument == "channels":
-            divisible.append(position)  # by 16, as the launcher finds of the network's tensors
-    source = _source(kernel, signature, constants, divisible)
+        if is_pointer or argument.startswith("stride") or argument == "channels":
+            attributes[(position,)] = [["tt.divisibility", 16]]  # what the launcher finds for the network's tensors
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
     return _read_usage(compiled.asm["cubin"], compiled.metadata.shared)
-
-
-def _source(
-    kernel: triton.JITFunction, signature: dict[str, str], constants: dict[str, int | bool], divisible: list[int]
-) -> ASTSource:
-    """divisible: positions of the arguments that are multiples of 16."""
-    if "constexprs" not in inspect.signature(ASTSource).parameters:  # Triton 3.2, which torch 2.6 brings
-        from triton.backends.compiler import AttrsDescriptor
-
-        properties = {"tt.divisibility": divisible, "tt.equal_to": []}
-        attributes = AttrsDescriptor.from_dict({"cls": "AttrsDescriptor", "arg_properties": properties})
-        return ASTSource(fn=kernel, signature=signature, constants=constants, attrs=attributes)
-    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    attributes = {(position,): [["tt.divisibility", 16]] for position in divisible}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _type_of(argument: str, dtype: str) -> str:

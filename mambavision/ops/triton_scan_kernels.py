@@ -137,8 +137,7 @@ def forward_kernel(
             next_b = load_time_state(b_row, next_token, stride_b_token, end_token, STATES)
             next_c = load_time_state(c_row, next_token, stride_c_token, end_token, STATES)
 
-            # Parentheses: Triton 3.2, which torch 2.6 brings, knows no `A and B and C`.
-            if SAVE and (tile_start % CHECKPOINT_EVERY == 0 and tile_start > 0):
+            if SAVE and tile_start % CHECKPOINT_EVERY == 0 and tile_start > 0:
                 index = row * checkpoints + tile_start // CHECKPOINT_EVERY - 1
                 tl.store(checkpoint_ptr + index * channels * STATES + state_offset, h, mask=state_ok)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,19 +16,15 @@ from mambavision.distributed import World, check_same_devices, close_world, init
 from mambavision.world_end import world_left_at_end
 
 TASKS = Path("/proc/self/task")
-needs_names_of_threads = pytest.mark.skipif(not TASKS.exists(), reason=f"{sys.platform} has no {TASKS}")
+needs_list_of_threads = pytest.mark.skipif(not TASKS.exists(), reason=f"{sys.platform} has no {TASKS}")
 
 
-def has_gloo_threads() -> bool:
-    for task in TASKS.iterdir():
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            if "gloo" in (task / "comm").read_text():
-                return True
-    return False
+def threads() -> set[str]:
+    return {task.name for task in TASKS.iterdir()} if TASKS.exists() else set()
 
 
 def comes_true(condition: Callable[[], bool]) -> bool:
-    """Threads name themselves when they first run, and are listed for a moment after they were joined."""
+    """Threads are listed for a moment after they were joined."""
     deadline = time.monotonic() + 10
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -37,12 +32,13 @@ def comes_true(condition: Callable[[], bool]) -> bool:
 
 
 @pytest.fixture
-def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The threads that came with the group."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    before = threads()
     join_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        assert not TASKS.exists() or comes_true(has_gloo_threads)
-        yield
+        yield threads() - before
     finally:
         close_world()  # where it is closed already, nothing
 
@@ -54,16 +50,16 @@ def train_one_step() -> None:
     cycle.append(cycle)  # as a trainer and its parts may be; with it the model holds the group
 
 
-@needs_names_of_threads
-def test_no_thread_outlives_a_closed_group(group: None) -> None:
+@needs_list_of_threads
+def test_no_thread_outlives_a_closed_group(group: set[str]) -> None:
     train_one_step()
     close_world()
-    assert comes_true(lambda: not has_gloo_threads()) and not dist.is_initialized()
+    assert group and comes_true(lambda: not group & threads()) and not dist.is_initialized()
 
 
-@needs_names_of_threads
+@needs_list_of_threads
 @pytest.mark.parametrize("exit_code", [None, 75])
-def test_a_command_that_ends_well_leaves_the_group(group: None, exit_code: int | None) -> None:
+def test_a_command_that_ends_well_leaves_the_group(group: set[str], exit_code: int | None) -> None:
     def command() -> None:
         with world_left_at_end(agreed_exit_codes=(75,)):
             train_one_step()
@@ -75,12 +71,12 @@ def test_a_command_that_ends_well_leaves_the_group(group: None, exit_code: int |
     else:
         with pytest.raises(SystemExit, match="75"):
             command()
-    assert comes_true(lambda: not has_gloo_threads()) and not dist.is_initialized()
+    assert group and comes_true(lambda: not group & threads()) and not dist.is_initialized()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", [SystemExit(1), RuntimeError("a rank is gone")])
-def test_a_command_that_fails_does_not_wait_for_the_groups_threads(group: None, failure: BaseException) -> None:
+def test_a_command_that_fails_does_not_wait_for_the_groups_threads(group: set[str], failure: BaseException) -> None:
     with pytest.raises(type(failure)), world_left_at_end():
         raise failure
     assert dist.is_initialized()

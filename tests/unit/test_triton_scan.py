@@ -3,7 +3,6 @@
 The interpreter has to be chosen before Triton is imported, so those tests run in a process of their own.
 """
 
-import ast
 import json
 from pathlib import Path
 
@@ -195,16 +194,6 @@ def test_the_networks_shapes_give_every_scheduler_of_an_a100_work(rows, tokens, 
         assert blocks * groups * width < channels * 1.1, "lanes without a channel"
         assert row_groups * rows_per_program >= rows and chunks * chunk_tokens >= tokens
         assert chunks == 1 or chunk_tokens % triton_scan.CHECKPOINT_EVERY == 0
-
-
-@pytest.mark.parametrize("module", ["triton_scan_kernels", "triton_scan_chunks", "triton_conv"])
-def test_kernels_keep_to_the_language_of_the_oldest_triton(module):
-    """Triton 3.2, which torch 2.6 brings, takes conditions of two: `A and (B and C)`, not `A and B and C`."""
-    tree = ast.parse((Path(triton_scan.__file__).parent / f"{module}.py").read_text())
-    kernels = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.decorator_list]
-    jitted = [f for f in kernels if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)]
-    conditions = [node for f in jitted for node in ast.walk(f) if isinstance(node, ast.BoolOp)]
-    assert jitted and all(len(condition.values) == 2 for condition in conditions)
 
 
 def test_many_windows_share_a_program():
