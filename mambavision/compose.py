@@ -14,7 +14,7 @@ from typing import NoReturn
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -112,7 +112,7 @@ def check_overrides(overrides: list[str], cls: type) -> list[str]:
     free-form model.architecture keys, and in quotes texts that look like numbers or that its grammar cannot read.
     """
     texts = text_keys(cls)
-    overrides = [_readable(_normalise(o), texts) for o in overrides]
+    overrides = [_listed(_readable(_normalise(o), texts)) for o in overrides]
     parsed = [_parse(o) for o in overrides]
     for override in parsed:
         _check_override(override, cls)
@@ -129,6 +129,20 @@ def _readable(override: str, texts: list[str]) -> str:
     except HydraException:
         return f"{key}={quoted(value)}"
     return override
+
+
+def _listed(override: str) -> str:
+    """model=glob(*_21k) as the choices that it stands for, which Hydra can tell only where it runs."""
+    parsed = _parse(override)
+    pattern, group = parsed.value(), parsed.key_or_group
+    if not isinstance(pattern, Glob):
+        return override
+    if not _is_group(group):
+        raise ConfigError(f"{override}: glob() is for groups, and {group} is none; list its values: {group}=A,B")
+    chosen = pattern.filter(group_choices(group))
+    if not chosen:
+        raise ConfigError(f"{override} stands for nothing; available: {', '.join(group_choices(group))}")
+    return f"{group}={','.join(chosen)}"
 
 
 def _as_typed(override: str, parsed: Override) -> str:

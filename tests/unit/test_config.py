@@ -246,6 +246,15 @@ def test_a_name_that_looks_like_a_number_stays_as_it_was_typed(name: str):
     assert compose_train_config(["experiment=tiny", f"run_name={name}"]).run_name == name.strip("'")
 
 
+def test_glob_stands_for_the_choices_of_a_group():
+    line = ["-m", "model=glob([mambavision_s,mambavision_t*],exclude=*2)"]
+    assert check_command_line(line, TrainConfig) == ["model=mambavision_s,mambavision_t", "-m"]
+    with pytest.raises(ConfigError, match=r"^model=glob\(x\*\) stands for nothing; available: mambavision_b, "):
+        check_command_line(["model=glob(x*)"], TrainConfig)
+    with pytest.raises(ConfigError, match="glob.. is for groups, and optimizer.lr is none; list its values"):
+        check_command_line(["optimizer.lr=glob(*)"], TrainConfig)
+
+
 def test_a_sweep_file_without_a_multirun_is_no_single_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
