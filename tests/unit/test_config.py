@@ -130,7 +130,9 @@ def test_every_word_from_elsewhere_is_answered():
             compose_train_config([f"{word}=1"])
 
 
-@pytest.mark.parametrize("name", ["größe", "école/2 (copy)", "собака", "a[1]", "{x}", "it's é"])
+@pytest.mark.parametrize(
+    "name", ["größe", "école/2 (copy)", "собака", "a[1]", "{x}", "it's é", r"a\b (1)", "é\\", r"\'é"]
+)
 def test_a_text_may_have_any_letters_and_brackets(name: str):
     assert compose_train_config([*SYNTHETIC, f"run_name={name}"]).run_name == name
 
