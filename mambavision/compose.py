@@ -14,7 +14,7 @@ from typing import NoReturn
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -86,6 +86,7 @@ _FLAGS_ALONE = {
 def check_command_line(arguments: list[str], cls: type) -> list[str]:
     """`check_overrides` for a whole command line. Hydra's flags (-m, --cfg job, ...) come last in what is returned:
     between settings its parser takes none."""
+    arguments = [a for a in arguments if a != "--"]  # which only says that settings follow
     for argument in arguments:
         if argument.startswith("-") and argument.partition("=")[0] not in _FLAGS_WITH_VALUE | _FLAGS_ALONE:
             raise ConfigError(_no_such_flag(argument, cls))
@@ -194,7 +195,9 @@ def _check_override(override: Override, cls: type) -> None:
         for choice in _choices_given(override):
             _check_choice(key, choice)
         return
-    if advice := advice_for_words_from_elsewhere(key, cls):
+    # checkpoint={keep_last: 2} sets keys of a group; checkpoint=PATH is another program's.
+    sets_keys = override.input_line.partition("=")[2].lstrip().startswith("{")
+    if not sets_keys and (advice := advice_for_words_from_elsewhere(key, cls)):
         raise ConfigError(advice)
     keys = known_keys(cls)
     # Below a free-form mapping (model.architecture.depths=...) create_model checks the names.
@@ -225,8 +228,7 @@ def _check_choice(group: str, choice: str) -> None:
 
 def quoted(text: str) -> str:
     """As a string of Hydra's override grammar, whatever characters it has."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def groups() -> list[str]:

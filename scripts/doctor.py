@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from mambavision import distributed
 from mambavision.cluster import doctor, doctor_device, points, sizing
 from mambavision.cluster.doctor import Finding, Plan
+from mambavision.compose import refuse
 from mambavision.config import TrainConfig
-from mambavision.config_checks import ConfigError
 from mambavision.world_end import world_left_at_end
 
 
@@ -38,13 +37,12 @@ def main() -> int:
         is_sweep, overrides = points.split_multirun(overrides)
         # The points of a sweep differ in little that matters here; scripts/submit.py checks each of them.
         cfg = (points.expand(overrides)[0] if is_sweep else points.single(overrides)).cfg
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    with world_left_at_end():
-        findings, hosts = examine(cfg, args)
-        if distributed_rank() == 0:
-            report(findings, hosts, args.json)
+        with world_left_at_end():
+            findings, hosts = examine(cfg, args)
+            if distributed_rank() == 0:
+                report(findings, hosts, args.json)
+    except ValueError as error:  # the settings, or how the ranks were started
+        refuse(error)
     return int(doctor.has_error(findings))
 
 

@@ -82,7 +82,8 @@ def _published_overrides(content: Any, path: str, given: list[str], keys: set[st
 def _as_overrides(key: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [o for k, v in value.items() for o in _as_overrides(f"{key}.{k}", v)]
-    return [f"{key}={json.dumps(value)}"]
+    # A text as Hydra reads it: in JSON's a letter of another language would be six (\u00e9), a backslash two.
+    return [f"{key}={quoted(value) if isinstance(value, str) else json.dumps(value)}"]
 
 
 def variant_of(content: Any, path: str) -> str:

@@ -8,15 +8,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from mambavision import VARIANTS, create_model
-from mambavision.compose import CONF_DIR, compose_eval_config, compose_train_config
+from mambavision.compose import CONF_DIR, compose_eval_config, compose_train_config, quoted
 from mambavision.engine.score import implied_overrides, report, score, with_quoted_checkpoint
 from mambavision.engine.session import run
+from mambavision.run_dir import plain
 from tests.integration.test_experiments import SHRUNK
 from tests.unit.data_samples import smooth_image
 
@@ -189,6 +191,15 @@ def test_a_run_directory_of_any_name_can_be_given(name: str, finished_run: tuple
         words = [given, f"out={tmp_path / 'scores.json'}"]
         cfg = compose_eval_config([*implied_overrides(words), *with_quoted_checkpoint(words)])
         assert cfg.checkpoint == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["/données", r"/a\b (1)", '/it\'s, "it"', "/1.10", "/a=b"])
+def test_data_in_a_directory_of_any_name_is_found_again(path: str, tmp_path: Path):
+    """Trained on /données, eval.py checkpoint=... looked for the data in /donn\\u00e9es."""
+    cfg = compose_train_config(["model=mambavision_nano", "data=folder", f"data.path={quoted(path)}"])
+    torch.save({"config": plain(asdict(cfg)), "model": {}}, tmp_path / "run.pt")
+    given = [f"checkpoint={tmp_path / 'run.pt'}"]
+    assert compose_eval_config([*implied_overrides(given), *given]).data.path == path
 
 
 @pytest.mark.parametrize(

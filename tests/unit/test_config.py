@@ -113,6 +113,16 @@ def test_flags_of_hydra_may_stand_anywhere():
     assert check_command_line(line, TrainConfig) == [line[0], line[-1], *line[1:-1]]
 
 
+def test_two_dashes_before_the_settings_mean_nothing():
+    assert check_command_line(["--cfg", "job", "--", "seed=1"], TrainConfig) == ["seed=1", "--cfg", "job"]
+
+
+def test_keys_of_a_group_may_be_given_together():
+    """checkpoint= and resume= of other programs are answered; these are groups of settings here."""
+    cfg = compose_train_config([*SYNTHETIC, "checkpoint={keep_last: 7}", "resume={mode: never}"])
+    assert (cfg.checkpoint.keep_last, cfg.resume.mode) == (7, "never")
+
+
 def test_every_word_from_elsewhere_is_answered():
     """A setting of that name here would be taken, and the answer never given."""
     for word in WORDS_FROM_ELSEWHERE:
@@ -120,7 +130,9 @@ def test_every_word_from_elsewhere_is_answered():
             compose_train_config([f"{word}=1"])
 
 
-@pytest.mark.parametrize("name", ["größe", "école/2 (copy)", "собака", "a[1]", "{x}", "it's é"])
+@pytest.mark.parametrize(
+    "name", ["größe", "école/2 (copy)", "собака", "a[1]", "{x}", "it's é", r"a\b (1)", "é\\", r"\'é"]
+)
 def test_a_text_may_have_any_letters_and_brackets(name: str):
     assert compose_train_config([*SYNTHETIC, f"run_name={name}"]).run_name == name
 

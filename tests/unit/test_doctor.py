@@ -185,6 +185,24 @@ def test_a_host_whose_gpus_are_gone_is_named_and_no_rank_waits_for_it(tmp_path: 
     assert "all-reduce" not in output[0] and "loader" not in output[0]
 
 
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [("logger=jsonl", "error: WORLD_SIZE=2 is set, but not RANK"), ("x=1", "error: there is no setting")],
+)
+def test_what_cannot_start_is_said_without_a_traceback(
+    word: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Some clusters set WORLD_SIZE for every program, also for a doctor that is started by hand."""
+    from scripts.doctor import main
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["doctor.py", *TINY, word])
+    with pytest.raises(SystemExit, match="^2$"):
+        main()
+    assert capsys.readouterr().err.startswith(told)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_more_ranks_than_gpus_or_a_dead_gpu_is_an_error(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def dead(_: int) -> None:
