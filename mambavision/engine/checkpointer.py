@@ -27,6 +27,7 @@ from mambavision.engine.checkpoint import (
 
 _FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 5.0, 300.0
 _FINAL_ATTEMPTS = 3  # for a checkpoint that the run waits for
+_CLOSE_SECONDS = 5.0  # all ranks are to be down 10 s after a failure
 
 
 class HostCopy:
@@ -192,6 +193,15 @@ class Checkpointer:
             self.thread = None
         if self.failures >= self.cfg.max_write_failures:
             raise CheckpointError(self._advice(f"{self.failures} checkpoints in a row could not be written"))
+
+    def close(self) -> None:
+        """Give the write that is under way a few seconds, where a run fails beside it. Says nothing about how it went.
+
+        Cut off, the checkpoint would be lost; and a thread that the interpreter's end meets in torch's code ends the
+        process with SIGABRT.
+        """
+        if self.thread is not None:
+            self.thread.join(_CLOSE_SECONDS)
 
     def _advice(self, what: str) -> str:
         return (

@@ -172,6 +172,9 @@ def end(
             run_dir.write_status(status, step=step, cause=cause, **({"refused": True} if refused else {}), **scores)
         except OSError as error:
             print(f"warning   {run_dir.status_file} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+    if trainer.checkpointer is not None:
+        trainer.checkpointer.close()
+    if trainer.world.is_main and may_write:
         trainer.telemetry.log("stop", status=status, step=step, cause=cause, run_directory=str(run_dir.path))
     trainer.telemetry.close(in_a_hurry=status == "failed")
     return {"status": status, "step": step, "cause": cause, "run_directory": str(run_dir.path), **scores}

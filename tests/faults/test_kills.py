@@ -76,6 +76,15 @@ def test_a_run_killed_in_its_last_evaluation_makes_up_for_it(train: Trainer, ref
     assert state_hash(again.directory) == reference
 
 
+def test_a_failure_beside_a_write_lets_it_end(train: Trainer) -> None:
+    """The checkpoint was lost, and the exit code SIGABRT's: the interpreter's end met the writing thread in torch."""
+    buffers_are_made = "sleep0.5@4"  # with these under way no write would begin at step 5
+    failed = train.run("run", fault=f"{buffers_are_made},sleep1@5/fsync,raise@6", ranks=1)
+    assert failed.code == 1 and "ordered fault at step 6" in failed.status["cause"]
+    assert valid_steps(failed.directory) == [5]
+    assert [e["event"] for e in failed.events()][-2:] == ["checkpoint", "stop"]
+
+
 def test_a_last_evaluation_in_mid_epoch_is_made_up_for_as_well(train: Trainer) -> None:
     killed = train.start("run", "trainer.max_steps=12", fault="sleep600@12/evaluate", ranks=1)
     killed.wait_for(lambda: 12 in valid_steps(killed.directory))
